@@ -1,0 +1,1 @@
+//! OCI specs from CRI requests.
