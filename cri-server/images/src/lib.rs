@@ -1,1 +1,20 @@
-//! Placeholder of catamaran-images.
+//! Images of a node: pulled from registries, verified, unpacked into layers, leased to containers.
+//!
+//! Code map: `reference` (names), `hosts` and `credentials` (configuration), `registry` (the HTTP client),
+//! `layer` (the only place that knows how a layer lies on disk), `metadata` (the durable records), `store` (the
+//! public verbs), `pull` (what one pull does), `snapshot` (containers' root file systems).
+//!
+//! Architecture invariants: nothing is visible before its digest was verified and its bytes are on disk; no path
+//! of a layer is ever resolved outside the layer's own directory; a failed pull leaves nothing.
+
+mod config;
+mod credentials;
+mod error;
+mod platform;
+mod store;
+
+pub use config::{FsUsage, ImagesConfig, RootfsMount, Snapshot, SnapshotUsage};
+pub use credentials::Auth;
+pub use error::{Cause, Error, Result};
+pub use platform::Platform;
+pub use store::{Image, ImageStore};
