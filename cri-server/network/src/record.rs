@@ -1,0 +1,212 @@
+//! The durable records of attachments, two files for each sandbox in the cache directory:
+//! `<id>.json`, the intent, written and synced before the first ADD: the pod, the chain, where its plugins
+//! are; `<id>.result.json`, written after the last ADD. DEL removes both, the intent last.
+//!
+//! An intent without a result is an ADD that was interrupted, or whose result a power failure took: DEL then
+//! runs without `prevResult`, as the spec allows.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::conflist::{ConfList, checked_id, good_name};
+use crate::error::{NetworkError, Result};
+use crate::pod::PodNetwork;
+
+/// Version of [`Intent`]; others are refused.
+const VERSION: u32 = 1;
+const RESULT_END: &str = ".result.json";
+const INTENT_END: &str = ".json";
+
+/// What DEL needs that ADD had.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Intent {
+    version: u32,
+    pub(crate) pod: PodNetwork,
+    pub(crate) list: ConfList,
+    pub(crate) bin_dirs: Vec<PathBuf>,
+}
+
+impl Intent {
+    pub(crate) fn new(pod: PodNetwork, list: ConfList, bin_dirs: Vec<PathBuf>) -> Self {
+        Self {
+            version: VERSION,
+            pod,
+            list,
+            bin_dirs,
+        }
+    }
+}
+
+/// Ids that have an intent. Unfinished temporary files are not among them.
+pub(crate) fn list(cache_dir: &Path) -> Result<Vec<String>> {
+    let entries = match std::fs::read_dir(cache_dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(NetworkError::io("read", cache_dir)(error)),
+    };
+    let mut ids = Vec::new();
+    for entry in entries {
+        let name = entry.map_err(NetworkError::io("read", cache_dir))?.file_name();
+        let id = name.to_str().filter(|name| !name.ends_with(RESULT_END));
+        ids.extend(
+            id.and_then(|name| name.strip_suffix(INTENT_END))
+                .map(str::to_owned),
+        );
+    }
+    ids.retain(|id| good_name(id));
+    ids.sort();
+    Ok(ids)
+}
+
+/// Stores the intent; it is on disk when this returns.
+pub(crate) async fn begin(cache_dir: &Path, intent: &Intent) -> Result<()> {
+    let path = intent_path(cache_dir, &intent.pod.id)?;
+    let bytes = to_bytes(intent, &path)?;
+    let dir = cache_dir.to_owned();
+    off_runtime(move || {
+        std::fs::create_dir_all(&dir).map_err(NetworkError::io("create", &dir))?;
+        replace(&path, &bytes, true)?;
+        File::open(&dir)
+            .and_then(|dir| dir.sync_all())
+            .map_err(NetworkError::io("sync", &dir))
+    })
+    .await
+}
+
+/// Stores the result. Not synced: without it DEL still works, see the head of this file.
+pub(crate) async fn complete(cache_dir: &Path, id: &str, result: &Value) -> Result<()> {
+    let path = result_path(cache_dir, id)?;
+    let bytes = to_bytes(result, &path)?;
+    off_runtime(move || replace(&path, &bytes, false)).await
+}
+
+/// The intent; `None` where the sandbox has no record.
+pub(crate) fn intent(cache_dir: &Path, id: &str) -> Result<Option<Intent>> {
+    let path = intent_path(cache_dir, id)?;
+    let bytes = match std::fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(NetworkError::io("read", path)(error)),
+    };
+    let intent: Intent = serde_json::from_slice(&bytes).map_err(|error| NetworkError::Record {
+        path: path.clone(),
+        reason: error.to_string(),
+    })?;
+    if intent.version != VERSION {
+        let reason = format!("version {}, this daemon knows {VERSION}", intent.version);
+        return Err(NetworkError::Record { path, reason });
+    }
+    Ok(Some(intent))
+}
+
+/// The result of ADD; `None` where there is none or where it is damaged.
+pub(crate) fn result(cache_dir: &Path, id: &str) -> Result<Option<Value>> {
+    let path = result_path(cache_dir, id)?;
+    match std::fs::read(&path) {
+        Ok(bytes) => match serde_json::from_slice(&bytes) {
+            Ok(result) => Ok(Some(result)),
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "damaged result of a network attachment left aside");
+                Ok(None)
+            }
+        },
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(NetworkError::io("read", path)(error)),
+    }
+}
+
+/// Forgets the sandbox. Idempotent.
+pub(crate) fn forget(cache_dir: &Path, id: &str) -> Result<()> {
+    for path in [result_path(cache_dir, id)?, intent_path(cache_dir, id)?] {
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(NetworkError::io("remove", path)(error));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn intent_path(cache_dir: &Path, id: &str) -> Result<PathBuf> {
+    Ok(cache_dir.join(format!("{}{INTENT_END}", checked_id(id)?)))
+}
+
+fn result_path(cache_dir: &Path, id: &str) -> Result<PathBuf> {
+    Ok(cache_dir.join(format!("{}{RESULT_END}", checked_id(id)?)))
+}
+
+fn to_bytes(value: &impl Serialize, path: &Path) -> Result<Vec<u8>> {
+    serde_json::to_vec(value).map_err(|error| NetworkError::io("encode", path)(error.into()))
+}
+
+/// Writes beside and renames, so that a reader sees the old content or the new.
+fn replace(path: &Path, bytes: &[u8], sync: bool) -> Result<()> {
+    let beside = path.with_extension("new");
+    let mut file = File::create(&beside).map_err(NetworkError::io("create", &beside))?;
+    file.write_all(bytes)
+        .map_err(NetworkError::io("write", &beside))?;
+    if sync {
+        file.sync_data().map_err(NetworkError::io("sync", &beside))?;
+    }
+    std::fs::rename(&beside, path).map_err(NetworkError::io("rename", beside))
+}
+
+/// Syncing can take tens of milliseconds, which would hold up everything else on the runtime.
+async fn off_runtime<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(outcome) => outcome,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn an_intent(id: &str) -> Intent {
+        let list = crate::conflist::parse(br#"{"cniVersion":"1.0.0","name":"n","type":"a"}"#).unwrap();
+        let pod = PodNetwork {
+            id: id.to_owned(),
+            ..PodNetwork::default()
+        };
+        Intent::new(pod, list, vec!["/bin".into()])
+    }
+
+    #[tokio::test]
+    async fn records_come_and_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = dir.path().join("cni");
+        assert!(list(&cache).unwrap().is_empty());
+        begin(&cache, &an_intent("a.result")).await.unwrap();
+        begin(&cache, &an_intent("b")).await.unwrap();
+        complete(&cache, "b", &json!({"x": 1})).await.unwrap();
+        std::fs::write(cache.join("c.new"), "half").unwrap();
+        let listed = list(&cache).unwrap();
+        assert!(listed.contains(&"b".to_owned()), "{listed:?}");
+        assert_eq!(intent(&cache, "b").unwrap().unwrap().pod.id, "b");
+        assert_eq!(result(&cache, "b").unwrap(), Some(json!({"x": 1})));
+        assert!(intent(&cache, "c").unwrap().is_none());
+        forget(&cache, "b").unwrap();
+        forget(&cache, "b").unwrap();
+        assert!(!list(&cache).unwrap().contains(&"b".to_owned()));
+    }
+
+    #[tokio::test]
+    async fn damage_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        begin(dir.path(), &an_intent("a")).await.unwrap();
+        std::fs::write(dir.path().join("a.result.json"), "{").unwrap();
+        assert_eq!(result(dir.path(), "a").unwrap(), None);
+        std::fs::write(dir.path().join("a.json"), "{").unwrap();
+        let error = intent(dir.path(), "a").unwrap_err().to_string();
+        assert!(error.contains("a.json"), "{error}");
+        assert!(intent(dir.path(), "../a").is_err());
+    }
+}
