@@ -13,14 +13,19 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .include("proto")
         .rust_protobuf()
         .rust_protobuf_customize(ProtobufCustomize::default())
-        .customize(Customize { async_all: true, ..Default::default() })
+        .customize(Customize {
+            async_all: true,
+            ..Default::default()
+        })
         .run()?;
     // The generated files are included into modules, where inner attributes and inner docs may not stand.
     for name in ["stream.rs", "stream_ttrpc.rs"] {
         let path = out.join(name);
         let text = std::fs::read_to_string(&path)?;
-        let kept: Vec<&str> =
-            text.lines().filter(|line| !line.starts_with("#!") && !line.starts_with("//!")).collect();
+        let kept: Vec<&str> = text
+            .lines()
+            .filter(|line| !line.starts_with("#!") && !line.starts_with("//!"))
+            .collect();
         std::fs::write(&path, kept.join("\n"))?;
     }
     Ok(())

@@ -54,7 +54,11 @@ mod tests {
     fn a_record_is_read_back() {
         let bundle = tempfile::tempdir().unwrap();
         assert_eq!(ExitRecord::read(bundle.path()).unwrap(), None);
-        let record = ExitRecord { exit_code: 137, exited_at_ns: 5, oom_killed: true };
+        let record = ExitRecord {
+            exit_code: 137,
+            exited_at_ns: 5,
+            oom_killed: true,
+        };
         record.write(bundle.path()).unwrap();
         assert_eq!(ExitRecord::read(bundle.path()).unwrap(), Some(record));
     }

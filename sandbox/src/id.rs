@@ -36,7 +36,11 @@ impl Id {
         let ok = (1..=64).contains(&text.len())
             && text.chars().all(good)
             && text.starts_with(|c: char| c.is_ascii_alphanumeric());
-        if ok { Ok(Self(text.to_owned())) } else { Err(InvalidId(text.chars().take(80).collect())) }
+        if ok {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(InvalidId(text.chars().take(80).collect()))
+        }
     }
 
     /// The identifier's text.
