@@ -1,0 +1,186 @@
+//! Mounting on the host: fstab-style options, recursive binds with read-only and propagation, and unmounting all
+//! below a directory.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use super::oci::Binding;
+
+/// Options of mount(8) that are flags, by what they set or clear.
+const FLAGS: &[(&str, bool, MsFlags)] = &[
+    ("ro", true, MsFlags::MS_RDONLY),
+    ("rw", false, MsFlags::MS_RDONLY),
+    ("nosuid", true, MsFlags::MS_NOSUID),
+    ("suid", false, MsFlags::MS_NOSUID),
+    ("nodev", true, MsFlags::MS_NODEV),
+    ("dev", false, MsFlags::MS_NODEV),
+    ("noexec", true, MsFlags::MS_NOEXEC),
+    ("exec", false, MsFlags::MS_NOEXEC),
+    ("sync", true, MsFlags::MS_SYNCHRONOUS),
+    ("noatime", true, MsFlags::MS_NOATIME),
+    ("relatime", true, MsFlags::MS_RELATIME),
+    ("strictatime", true, MsFlags::MS_STRICTATIME),
+    ("bind", true, MsFlags::MS_BIND),
+    ("rbind", true, MsFlags::MS_BIND.union(MsFlags::MS_REC)),
+];
+
+/// Splits fstab-style options into flags and the file system's own data.
+fn split_options(options: &[String]) -> (MsFlags, String) {
+    let mut flags = MsFlags::empty();
+    let mut data: Vec<&str> = Vec::new();
+    for option in options {
+        match FLAGS.iter().find(|(name, ..)| name == option) {
+            Some((_, true, flag)) => flags |= *flag,
+            Some((_, false, flag)) => flags &= !*flag,
+            None => data.push(option),
+        }
+    }
+    (flags, data.join(","))
+}
+
+/// mount(2) with options as containerd's mounts have them.
+///
+/// # Errors
+/// The kernel's.
+pub fn mount_options(fs_type: &str, source: &str, target: &Path, options: &[String]) -> io::Result<()> {
+    let (mut flags, data) = split_options(options);
+    if fs_type == "bind" || fs_type == "rbind" {
+        flags |= MsFlags::MS_BIND;
+    }
+    let none: Option<&str> = None;
+    if flags.contains(MsFlags::MS_BIND) {
+        mount(Some(source), target, none, flags & (MsFlags::MS_BIND | MsFlags::MS_REC), none)?;
+        let restrictions = flags & !(MsFlags::MS_BIND | MsFlags::MS_REC);
+        if !restrictions.is_empty() {
+            mount(none, target, none, restrictions | MsFlags::MS_BIND | MsFlags::MS_REMOUNT, none)?;
+        }
+        return Ok(());
+    }
+    mount(Some(source), target, Some(fs_type), flags, Some(data.as_str()))?;
+    Ok(())
+}
+
+/// Binds `source` to `target` recursively.
+///
+/// # Errors
+/// The kernel's.
+pub fn bind(source: &Path, target: &Path, binding: &Binding) -> io::Result<()> {
+    let none: Option<&str> = None;
+    let depth = if binding.recursive { MsFlags::MS_REC } else { MsFlags::empty() };
+    mount(Some(source), target, none, MsFlags::MS_BIND | depth, none)?;
+    // Nothing that the guest or virtiofsd does may travel to the host; what the host mounts travels to the guest
+    // only where the container asked for that.
+    let propagation = if binding.follows_host { MsFlags::MS_SLAVE } else { MsFlags::MS_PRIVATE };
+    mount(none, target, none, propagation | depth, none)?;
+    // virtiofsd's copy of this mount was made with it; the share's own propagation is what reaches it.
+    if binding.follows_host {
+        mount(none, target, none, MsFlags::MS_SHARED | depth, none)?;
+    }
+    if binding.read_only {
+        let kept = flags_of(target)?;
+        let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | kept;
+        mount(none, target, none, flags, none)?;
+    }
+    Ok(())
+}
+
+/// Flags of a mount that a remount must repeat, since the kernel refuses to lose those that it locked.
+fn flags_of(target: &Path) -> io::Result<MsFlags> {
+    use nix::sys::statvfs::{FsFlags, statvfs};
+    let flags = statvfs(target)?.flags();
+    let pairs = [
+        (FsFlags::ST_NOSUID, MsFlags::MS_NOSUID),
+        (FsFlags::ST_NODEV, MsFlags::MS_NODEV),
+        (FsFlags::ST_NOEXEC, MsFlags::MS_NOEXEC),
+        (FsFlags::ST_NOATIME, MsFlags::MS_NOATIME),
+        (FsFlags::ST_RELATIME, MsFlags::MS_RELATIME),
+    ];
+    Ok(pairs.iter().filter(|(had, _)| flags.contains(*had)).map(|(_, keep)| *keep).collect())
+}
+
+/// Mount points at or below `directory`, outermost first.
+#[must_use]
+pub fn below(directory: &Path) -> Vec<PathBuf> {
+    let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    mount_points(&text).filter(|path| path.starts_with(directory)).collect()
+}
+
+/// The fifth field of each line of mountinfo (proc(5)), unescaped.
+fn mount_points(text: &str) -> impl Iterator<Item = PathBuf> + '_ {
+    text.lines().filter_map(|line| line.split(' ').nth(4)).map(|field| PathBuf::from(unescape(field)))
+}
+
+/// mountinfo writes space, tab, line end and backslash as three octal digits.
+fn unescape(field: &str) -> std::ffi::OsString {
+    let mut bytes = Vec::with_capacity(field.len());
+    let mut rest = field.as_bytes();
+    while let Some((first, more)) = rest.split_first() {
+        let code = (*first == b'\\')
+            .then(|| more.get(..3))
+            .flatten()
+            .and_then(|digits| std::str::from_utf8(digits).ok())
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        match code {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = &more[3..];
+            }
+            None => {
+                bytes.push(*first);
+                rest = more;
+            }
+        }
+    }
+    std::os::unix::ffi::OsStringExt::from_vec(bytes)
+}
+
+/// Unmounts everything at or below `directory`, innermost first; detaches what is busy.
+///
+/// # Errors
+/// The last of the kernel's errors, after all were tried.
+pub fn unmount_below(directory: &Path) -> io::Result<()> {
+    let mut last = Ok(());
+    // A mount over a mount shows once a round.
+    for _ in 0..16 {
+        let points = below(directory);
+        if points.is_empty() {
+            return Ok(());
+        }
+        last = Ok(());
+        for point in points.iter().rev() {
+            match umount2(point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+                // Gone with its parent.
+                Ok(()) | Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => {}
+                Err(errno) => last = Err(io::Error::from(errno)),
+            }
+        }
+    }
+    last
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn options_are_split() {
+        let options = ["lowerdir=/a:/b", "ro", "nosuid", "rw", "index=off"].map(str::to_owned);
+        assert_eq!(split_options(&options), (MsFlags::MS_NOSUID, "lowerdir=/a:/b,index=off".to_owned()));
+    }
+
+    #[test]
+    fn escaped_mount_points_are_read() {
+        let text = "1 2 0:3 / /with\\040space\\134x rw shared:1 - tmpfs none rw\n";
+        assert_eq!(mount_points(text).collect::<Vec<_>>(), [PathBuf::from("/with space\\x")]);
+    }
+
+    proptest! {
+        #[test]
+        fn any_field_is_unescaped(field in "[ -~]{0,40}") {
+            prop_assert!(unescape(&field).len() <= field.len());
+        }
+    }
+}
