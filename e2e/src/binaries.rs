@@ -10,15 +10,24 @@ use anyhow::{Context, Result, bail};
 /// The executable is not in one.
 pub fn target_directory() -> Result<PathBuf> {
     let profile = profile_directory()?;
-    profile.parent().map(Path::to_path_buf).context("the profile's directory has no parent")
+    profile
+        .parent()
+        .map(Path::to_path_buf)
+        .context("the profile's directory has no parent")
 }
 
 fn profile_directory() -> Result<PathBuf> {
     let executable = std::env::current_exe()?;
     let directory = executable.parent().context("the executable has no directory")?;
     // Tests are in <target>/<profile>/deps, binaries in <target>/<profile>.
-    let directory = if directory.ends_with("deps") { directory.parent() } else { Some(directory) };
-    directory.map(Path::to_path_buf).context("the deps directory has no parent")
+    let directory = if directory.ends_with("deps") {
+        directory.parent()
+    } else {
+        Some(directory)
+    };
+    directory
+        .map(Path::to_path_buf)
+        .context("the deps directory has no parent")
 }
 
 /// A binary of this workspace, of the same profile as the test itself.

@@ -52,7 +52,13 @@ impl Ended {
 impl<'a> Case<'a> {
     pub(crate) fn new(node: &'a Node, handler: Handler, name: &str) -> Self {
         let name = name.replace("::", "-").replace('_', "-");
-        Self { node, handler, name, pods: Mutex::default(), counter: AtomicUsize::new(0) }
+        Self {
+            node,
+            handler,
+            name,
+            pods: Mutex::default(),
+            counter: AtomicUsize::new(0),
+        }
     }
 
     /// A pod request with a name that no other case has.
@@ -76,7 +82,10 @@ impl<'a> Case<'a> {
     /// RunPodSandbox failed.
     pub fn run_pod(&self, request: &Request) -> Result<Pod> {
         let pod = self.node.run_pod(self.handler.name(), request)?;
-        self.pods.lock().unwrap_or_else(PoisonError::into_inner).push(pod.id.clone());
+        self.pods
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(pod.id.clone());
         Ok(pod)
     }
 
@@ -153,7 +162,10 @@ impl<'a> Case<'a> {
     /// The pod is not known or has none.
     pub fn address(&self, pod: &Pod) -> Result<String> {
         let status = self.pod_status(&pod.id)?;
-        let ip = status["status"]["network"]["ip"].as_str().unwrap_or_default().to_owned();
+        let ip = status["status"]["network"]["ip"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned();
         if ip.is_empty() {
             bail!("the pod has no address: {status}");
         }
@@ -169,10 +181,17 @@ impl<'a> Case<'a> {
         loop {
             let status = self.status(id)?;
             if status["state"] == "CONTAINER_EXITED" {
-                return Ok(Ended { id: id.to_owned(), status, logs: self.logs(id)? });
+                return Ok(Ended {
+                    id: id.to_owned(),
+                    status,
+                    logs: self.logs(id)?,
+                });
             }
             if Instant::now() >= end {
-                bail!("container {id} did not end within 60 s; its log: {}", self.logs(id)?);
+                bail!(
+                    "container {id} did not end within 60 s; its log: {}",
+                    self.logs(id)?
+                );
             }
             std::thread::sleep(Duration::from_millis(50));
         }
@@ -205,7 +224,12 @@ impl<'a> Case<'a> {
     pub fn shell(&self, id: &str, script: &str) -> Result<String> {
         let output = self.exec(id, &["sh", "-c", script])?;
         if output.code != 0 {
-            bail!("{script:?} ended with {}: {} {}", output.code, output.stdout, output.stderr);
+            bail!(
+                "{script:?} ended with {}: {} {}",
+                output.code,
+                output.stdout,
+                output.stderr
+            );
         }
         Ok(output.stdout.trim().to_owned())
     }

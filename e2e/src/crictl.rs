@@ -30,7 +30,11 @@ impl Crictl {
         let binary = crate::binaries::tool("crictl")?;
         let config = directory.join("crictl.yaml");
         std::fs::write(&config, "")?;
-        Ok(Self { binary, config, endpoint: format!("unix://{}", socket.display()) })
+        Ok(Self {
+            binary,
+            config,
+            endpoint: format!("unix://{}", socket.display()),
+        })
     }
 
     /// The command, to be run in other ways than [`Self::run`].
@@ -38,8 +42,15 @@ impl Crictl {
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(&self.binary);
         command.arg("--config").arg(&self.config);
-        command.args(["--runtime-endpoint", &self.endpoint, "--image-endpoint", &self.endpoint]);
-        command.arg(format!("--timeout={}s", REQUEST_LIMIT.as_secs())).args(args);
+        command.args([
+            "--runtime-endpoint",
+            &self.endpoint,
+            "--image-endpoint",
+            &self.endpoint,
+        ]);
+        command
+            .arg(format!("--timeout={}s", REQUEST_LIMIT.as_secs()))
+            .args(args);
         command
     }
 
@@ -58,7 +69,12 @@ impl Crictl {
     pub fn ok(&self, args: &[&str]) -> Result<String> {
         let output = self.run(args)?;
         if output.code != 0 {
-            bail!("crictl {} ended with {}: {}", args.join(" "), output.code, output.stderr.trim());
+            bail!(
+                "crictl {} ended with {}: {}",
+                args.join(" "),
+                output.code,
+                output.stderr.trim()
+            );
         }
         Ok(output.stdout.trim().to_owned())
     }
@@ -70,7 +86,11 @@ impl Crictl {
     pub fn fails(&self, args: &[&str]) -> Result<String> {
         let output = self.run(args)?;
         if output.code == 0 {
-            bail!("crictl {} succeeded but had to fail: {}", args.join(" "), output.stdout.trim());
+            bail!(
+                "crictl {} succeeded but had to fail: {}",
+                args.join(" "),
+                output.stdout.trim()
+            );
         }
         Ok(output.stderr)
     }
@@ -84,6 +104,7 @@ impl Crictl {
         // Options end at crictl's first positional argument.
         let args = [&[verb, "-o", "json"], rest].concat();
         let text = self.ok(&args)?;
-        serde_json::from_str(&text).with_context(|| format!("crictl {} printed no JSON: {text}", args.join(" ")))
+        serde_json::from_str(&text)
+            .with_context(|| format!("crictl {} printed no JSON: {text}", args.join(" ")))
     }
 }

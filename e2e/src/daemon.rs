@@ -76,9 +76,14 @@ impl Layout {
             certs: base.join("certs.d"),
             logs: base.join("logs"),
         };
-        for directory in
-            [&layout.root, &layout.state, &layout.cni, &layout.leases, &layout.certs, &layout.logs]
-        {
+        for directory in [
+            &layout.root,
+            &layout.state,
+            &layout.cni,
+            &layout.leases,
+            &layout.certs,
+            &layout.logs,
+        ] {
             std::fs::create_dir_all(directory)?;
         }
         Ok(layout)
@@ -133,14 +138,22 @@ fn catamaran(layout: &Layout, settings: &Settings) -> Result<Command> {
     std::fs::write(&file, serde_json::to_vec_pretty(&config)?)?;
     let mut command = Command::new(binaries::ours("catamaran")?);
     command.arg("serve").arg("--config").arg(file);
-    command.arg("--root").arg(&layout.root).arg("--state").arg(&layout.state);
+    command
+        .arg("--root")
+        .arg(&layout.root)
+        .arg("--state")
+        .arg(&layout.state);
     command.arg("--listen").arg(&layout.socket);
     Ok(command)
 }
 
 fn containerd(layout: &Layout, settings: &Settings) -> Result<Command> {
     let pause = settings.pause_image.as_deref().unwrap_or("pause-image-not-set");
-    let bins = layout.cni_bins.first().map(|p| p.display().to_string()).unwrap_or_default();
+    let bins = layout
+        .cni_bins
+        .first()
+        .map(|p| p.display().to_string())
+        .unwrap_or_default();
     let config = format!(
         r#"version = 2
 root = "{root}"

@@ -44,12 +44,17 @@ pub fn request(
     stream.write_all(head.as_bytes())?;
     stream.write_all(body)?;
     let mut bytes = Vec::new();
-    stream.read_to_end(&mut bytes).with_context(|| format!("no answer to {method} {path}"))?;
+    stream
+        .read_to_end(&mut bytes)
+        .with_context(|| format!("no answer to {method} {path}"))?;
     parse(&bytes).with_context(|| format!("{method} {path} at {server}"))
 }
 
 fn parse(bytes: &[u8]) -> Result<Answer> {
-    let end = bytes.windows(4).position(|w| w == b"\r\n\r\n").context("the answer has no end of headers")?;
+    let end = bytes
+        .windows(4)
+        .position(|w| w == b"\r\n\r\n")
+        .context("the answer has no end of headers")?;
     let head = std::str::from_utf8(&bytes[..end]).context("the answer's headers are not text")?;
     let mut lines = head.split("\r\n");
     let first = lines.next().unwrap_or_default();
@@ -60,7 +65,11 @@ fn parse(bytes: &[u8]) -> Result<Answer> {
         .filter_map(|line| line.split_once(':'))
         .map(|(name, value)| (name.to_ascii_lowercase(), value.trim().to_owned()))
         .collect();
-    Ok(Answer { status, headers, body: bytes[end + 4..].to_vec() })
+    Ok(Answer {
+        status,
+        headers,
+        body: bytes[end + 4..].to_vec(),
+    })
 }
 
 /// The path and query of an absolute URL or of a path, as `Location` headers have either.

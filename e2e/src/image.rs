@@ -43,7 +43,11 @@ pub struct Blob {
 
 impl Blob {
     fn new(media_type: &str, bytes: Vec<u8>) -> Self {
-        Self { digest: digest(&bytes), media_type: media_type.to_owned(), bytes }
+        Self {
+            digest: digest(&bytes),
+            media_type: media_type.to_owned(),
+            bytes,
+        }
     }
 
     fn descriptor(&self) -> Value {
@@ -64,7 +68,9 @@ pub struct Layer {
 
 impl Default for Layer {
     fn default() -> Self {
-        Self { tar: tar::Builder::new(Vec::new()) }
+        Self {
+            tar: tar::Builder::new(Vec::new()),
+        }
     }
 }
 
@@ -119,12 +125,28 @@ impl Layer {
             self = self.directory(path, if path == "tmp" { 0o1777 } else { 0o755 })?;
         }
         self = self.file("bin/busybox", 0o755, (0, 0), &binary)?;
-        let applets = std::process::Command::new(BUSYBOX).arg("--list").output().context("busybox --list")?;
-        for applet in String::from_utf8(applets.stdout)?.lines().filter(|a| *a != "busybox") {
+        let applets = std::process::Command::new(BUSYBOX)
+            .arg("--list")
+            .output()
+            .context("busybox --list")?;
+        for applet in String::from_utf8(applets.stdout)?
+            .lines()
+            .filter(|a| *a != "busybox")
+        {
             self = self.symlink(&format!("bin/{applet}"), "/bin/busybox")?;
         }
-        self.file("etc/passwd", 0o644, (0, 0), b"root:x:0:0:root:/root:/bin/sh\napp:x:1234:2345:app:/home:/bin/sh\n")?
-            .file("etc/group", 0o644, (0, 0), b"root:x:0:\napp:x:2345:\nextra:x:3456:app\n")
+        self.file(
+            "etc/passwd",
+            0o644,
+            (0, 0),
+            b"root:x:0:0:root:/root:/bin/sh\napp:x:1234:2345:app:/home:/bin/sh\n",
+        )?
+        .file(
+            "etc/group",
+            0o644,
+            (0, 0),
+            b"root:x:0:\napp:x:2345:\nextra:x:3456:app\n",
+        )
     }
 
     fn finish(self, packing: Packing) -> Result<(String, Vec<u8>)> {
@@ -186,9 +208,10 @@ pub fn build(
         "history": diff_ids.iter().map(|_| json!({"created_by": "catamaran-e2e"})).collect::<Vec<_>>(),
     });
     let (config_type, manifest_type) = match format {
-        Format::Oci => {
-            ("application/vnd.oci.image.config.v1+json", "application/vnd.oci.image.manifest.v1+json")
-        }
+        Format::Oci => (
+            "application/vnd.oci.image.config.v1+json",
+            "application/vnd.oci.image.manifest.v1+json",
+        ),
         Format::Docker => (
             "application/vnd.docker.container.image.v1+json",
             "application/vnd.docker.distribution.manifest.v2+json",
@@ -252,7 +275,12 @@ pub fn host_architecture() -> &'static str {
 /// As [`Layer::busybox`].
 pub fn busybox() -> Result<Image> {
     let config = json!({"Env": ["PATH=/bin:/usr/bin"], "Cmd": ["sh"]});
-    build(vec![(Layer::new().busybox()?, Packing::Gzip)], &config, Format::Oci, host_architecture())
+    build(
+        vec![(Layer::new().busybox()?, Packing::Gzip)],
+        &config,
+        Format::Oci,
+        host_architecture(),
+    )
 }
 
 /// A command that only waits: what a peer that needs a pause image gets.
@@ -265,7 +293,12 @@ pub fn pause() -> Result<Image> {
     // busybox picks its applet by argument when its own name is not one.
     let layer = layer.symlink("sleep", "/pause")?;
     let config = json!({"Entrypoint": ["/sleep", "2147483647"]});
-    build(vec![(layer, Packing::Gzip)], &config, Format::Docker, host_architecture())
+    build(
+        vec![(layer, Packing::Gzip)],
+        &config,
+        Format::Docker,
+        host_architecture(),
+    )
 }
 
 #[cfg(test)]
@@ -278,9 +311,15 @@ mod tests {
             let layer = Layer::new().file("a", 0o644, (0, 0), b"x").unwrap();
             build(vec![(layer, packing)], &json!({}), Format::Oci, "amd64").unwrap()
         };
-        assert_eq!(make(Packing::Gzip).manifest.digest, make(Packing::Gzip).manifest.digest);
+        assert_eq!(
+            make(Packing::Gzip).manifest.digest,
+            make(Packing::Gzip).manifest.digest
+        );
         // The packing changes the blob but not what is in it: the image's id stays.
         assert_eq!(make(Packing::Gzip).id, make(Packing::Zstd).id);
-        assert_ne!(make(Packing::Gzip).manifest.digest, make(Packing::Zstd).manifest.digest);
+        assert_ne!(
+            make(Packing::Gzip).manifest.digest,
+            make(Packing::Zstd).manifest.digest
+        );
     }
 }

@@ -26,18 +26,38 @@ pub fn of_pods(flavour: Flavour, layout: &Layout, subnet: &Subnet) -> Result<Vec
             left.push(format!("mount {}", path.display()));
         }
     }
-    left.extend(children(&layout.netns())?.into_iter().map(|p| format!("netns {}", p.display())));
-    left.extend(cgroups(subnet)?.into_iter().map(|p| format!("cgroup {}", p.display())));
+    left.extend(
+        children(&layout.netns())?
+            .into_iter()
+            .map(|p| format!("netns {}", p.display())),
+    );
+    left.extend(
+        cgroups(subnet)?
+            .into_iter()
+            .map(|p| format!("cgroup {}", p.display())),
+    );
     left.extend(links(subnet)?.into_iter().map(|name| format!("link {name}")));
-    left.extend(leases(&layout.leases)?.into_iter().map(|p| format!("lease {}", p.display())));
-    left.extend(rules(subnet)?.into_iter().map(|rule| format!("packet filter rule {rule}")));
+    left.extend(
+        leases(&layout.leases)?
+            .into_iter()
+            .map(|p| format!("lease {}", p.display())),
+    );
+    left.extend(
+        rules(subnet)?
+            .into_iter()
+            .map(|rule| format!("packet filter rule {rule}")),
+    );
     if flavour == Flavour::Catamaran {
         for (what, directory) in [
             ("shim socket", layout.state.join("s")),
             ("pod bundle", layout.state.join("pods")),
             ("snapshot", layout.root.join("snapshots")),
         ] {
-            left.extend(children(&directory)?.into_iter().map(|p| format!("{what} {}", p.display())));
+            left.extend(
+                children(&directory)?
+                    .into_iter()
+                    .map(|p| format!("{what} {}", p.display())),
+            );
         }
     }
     Ok(left)
@@ -62,12 +82,16 @@ fn find_processes(layout: &Layout, subnet: &Subnet) -> Result<Vec<(u32, String)>
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc").context("/proc")? {
         let entry = entry?;
-        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else {
+            continue;
+        };
         // A process may end while it is looked at; what cannot be read any more is not left behind.
         let read = |name: &str| std::fs::read(entry.path().join(name)).unwrap_or_default();
         let words = String::from_utf8_lossy(&read("cmdline")).replace('\0', " ");
         let cwd = std::fs::read_link(entry.path().join("cwd")).unwrap_or_default();
-        let in_cgroup = String::from_utf8_lossy(&read("cgroup")).lines().any(|line| line.contains(&group));
+        let in_cgroup = String::from_utf8_lossy(&read("cgroup"))
+            .lines()
+            .any(|line| line.contains(&group));
         let ours = pid == std::process::id()
             || words.contains("docker-registry")
             || words.contains("target/tools/crictl");
@@ -81,7 +105,10 @@ fn find_processes(layout: &Layout, subnet: &Subnet) -> Result<Vec<(u32, String)>
 
 fn mounts_below(base: &Path) -> Result<Vec<PathBuf>> {
     let text = std::fs::read_to_string("/proc/self/mountinfo")?;
-    let points = text.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
+    let points = text
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .map(PathBuf::from);
     Ok(points.filter(|point| point.starts_with(base)).collect())
 }
 
@@ -98,7 +125,10 @@ fn children(directory: &Path) -> Result<Vec<PathBuf>> {
 fn cgroups(subnet: &Subnet) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for hierarchy in hierarchies() {
-        for pod in children(&hierarchy.join(subnet.name()))?.into_iter().filter(|p| p.is_dir()) {
+        for pod in children(&hierarchy.join(subnet.name()))?
+            .into_iter()
+            .filter(|p| p.is_dir())
+        {
             let name = pod.file_name().unwrap_or_default().to_string_lossy().into_owned();
             if name.len() == 64 && name.bytes().all(|b| b.is_ascii_hexdigit()) {
                 found.push(pod.clone());
@@ -111,8 +141,11 @@ fn cgroups(subnet: &Subnet) -> Result<Vec<PathBuf>> {
 
 fn hierarchies() -> Vec<PathBuf> {
     let root = Path::new("/sys/fs/cgroup");
-    let mut all: Vec<PathBuf> =
-        children(root).unwrap_or_default().into_iter().filter(|p| p.is_dir()).collect();
+    let mut all: Vec<PathBuf> = children(root)
+        .unwrap_or_default()
+        .into_iter()
+        .filter(|p| p.is_dir())
+        .collect();
     all.push(root.to_owned());
     all
 }
@@ -120,7 +153,10 @@ fn hierarchies() -> Vec<PathBuf> {
 /// Ports of the node's bridge: a pod's host side.
 fn links(subnet: &Subnet) -> Result<Vec<String>> {
     children(&Path::new("/sys/class/net").join(subnet.name()).join("brif")).map(|ports| {
-        ports.iter().map(|p| p.file_name().unwrap_or_default().to_string_lossy().into_owned()).collect()
+        ports
+            .iter()
+            .map(|p| p.file_name().unwrap_or_default().to_string_lossy().into_owned())
+            .collect()
     })
 }
 
@@ -156,7 +192,10 @@ pub(crate) fn sweep(layout: &Layout, subnet: &Subnet) {
         let _ = umount2(&point, MntFlags::MNT_DETACH);
     }
     for port in links(subnet).unwrap_or_default() {
-        let _ = process::run(Command::new("ip").args(["link", "delete", &port]), Duration::from_secs(10));
+        let _ = process::run(
+            Command::new("ip").args(["link", "delete", &port]),
+            Duration::from_secs(10),
+        );
     }
     for hierarchy in hierarchies() {
         remove_cgroup(&hierarchy.join(subnet.name()));

@@ -94,8 +94,14 @@ impl Node {
         }
         if let Some(mib) = options.root_mib {
             let size = format!("size={mib}m");
-            mount(Some("tmpfs"), &layout.root, Some("tmpfs"), MsFlags::empty(), Some(size.as_str()))
-                .context("mounting a tmpfs as the daemon's root")?;
+            mount(
+                Some("tmpfs"),
+                &layout.root,
+                Some("tmpfs"),
+                MsFlags::empty(),
+                Some(size.as_str()),
+            )
+            .context("mounting a tmpfs as the daemon's root")?;
         }
         if flavour == Flavour::Catamaran {
             let guest = options.guest.map_or_else(binaries::guest_directory, Ok)?;
@@ -114,7 +120,10 @@ impl Node {
             settings.overrides.insert("network".to_owned(), network);
         } else {
             let conflist = subnet.conflist(&layout.leases, last);
-            std::fs::write(layout.cni.join("10-e2e.conflist"), serde_json::to_vec_pretty(&conflist)?)?;
+            std::fs::write(
+                layout.cni.join("10-e2e.conflist"),
+                serde_json::to_vec_pretty(&conflist)?,
+            )?;
         }
         let crictl = Crictl::new(&layout.socket, base.path())?;
         let node = Self {
@@ -142,7 +151,9 @@ impl Node {
         let mut command = daemon::prepare(self.flavour, &self.layout, &self.settings)?;
         let mut service = Service::start(&mut command, &self.layout.log)?;
         let socket = self.layout.socket.clone();
-        service.wait_until("answer on its socket", START_LIMIT, || UnixStream::connect(&socket).is_ok())?;
+        service.wait_until("answer on its socket", START_LIMIT, || {
+            UnixStream::connect(&socket).is_ok()
+        })?;
         *self.daemon() = Some(service);
         // A socket may be bound before it is served.
         let end = Instant::now() + START_LIMIT;
@@ -177,7 +188,9 @@ impl Node {
 
     fn end_daemon(&self, signal: Signal) -> Result<()> {
         let service = self.daemon().take();
-        service.context("the daemon does not run")?.stop(signal, Duration::from_secs(20))
+        service
+            .context("the daemon does not run")?
+            .stop(signal, Duration::from_secs(20))
     }
 
     /// Process id of the daemon.
@@ -185,7 +198,10 @@ impl Node {
     /// # Errors
     /// It does not run.
     pub fn daemon_pid(&self) -> Result<u32> {
-        self.daemon().as_ref().map(Service::pid).context("the daemon does not run")
+        self.daemon()
+            .as_ref()
+            .map(Service::pid)
+            .context("the daemon does not run")
     }
 
     /// A directory of this node for a test's files.
@@ -202,7 +218,11 @@ impl Node {
     #[must_use]
     pub fn pod_request(&self, name: &str) -> Request {
         let logs = self.layout.logs.join(name);
-        Request::pod(name, &logs.display().to_string(), &format!("{}/{name}", self.settings.cgroup_parent))
+        Request::pod(
+            name,
+            &logs.display().to_string(),
+            &format!("{}/{name}", self.settings.cgroup_parent),
+        )
     }
 
     /// Writes a request where crictl reads it from.
@@ -210,7 +230,9 @@ impl Node {
     /// # Errors
     /// I/O errors.
     pub fn write(&self, kind: &str, request: &Request) -> Result<String> {
-        let file = self.directory("requests")?.join(format!("{kind}-{}.json", request.name()));
+        let file = self
+            .directory("requests")?
+            .join(format!("{kind}-{}.json", request.name()));
         std::fs::write(&file, serde_json::to_vec_pretty(request.json())?)?;
         Ok(file.display().to_string())
     }
@@ -222,7 +244,10 @@ impl Node {
     pub fn run_pod(&self, handler: &str, request: &Request) -> Result<Pod> {
         let file = self.write("pod", request)?;
         let id = self.crictl.ok(&["runp", "--runtime", handler, &file])?;
-        Ok(Pod { id, request: request.clone() })
+        Ok(Pod {
+            id,
+            request: request.clone(),
+        })
     }
 
     /// `crictl runp` that must fail; returns its message.
@@ -239,7 +264,11 @@ impl Node {
     /// # Errors
     /// It was refused or failed.
     pub fn create(&self, pod: &Pod, container: &Request) -> Result<String> {
-        self.crictl.ok(&self.create_args(pod, container)?.iter().map(String::as_str).collect::<Vec<_>>())
+        self.crictl.ok(&self
+            .create_args(pod, container)?
+            .iter()
+            .map(String::as_str)
+            .collect::<Vec<_>>())
     }
 
     /// `crictl create` that must fail; returns its message.
@@ -247,7 +276,13 @@ impl Node {
     /// # Errors
     /// It succeeded.
     pub fn create_fails(&self, pod: &Pod, container: &Request) -> Result<String> {
-        self.crictl.fails(&self.create_args(pod, container)?.iter().map(String::as_str).collect::<Vec<_>>())
+        self.crictl.fails(
+            &self
+                .create_args(pod, container)?
+                .iter()
+                .map(String::as_str)
+                .collect::<Vec<_>>(),
+        )
     }
 
     fn create_args(&self, pod: &Pod, container: &Request) -> Result<Vec<String>> {
@@ -270,7 +305,11 @@ impl Node {
     /// Daemon and shim logs and consoles, for a failure's message.
     #[must_use]
     pub fn diagnostics(&self) -> String {
-        let mut text = format!("--- {} ---\n{}\n", self.layout.log.display(), tail(&self.layout.log, 80));
+        let mut text = format!(
+            "--- {} ---\n{}\n",
+            self.layout.log.display(),
+            tail(&self.layout.log, 80)
+        );
         for file in log_files(&self.layout.state.join("pods")) {
             text.push_str(&format!("--- {} ---\n{}\n", file.display(), tail(&file, 30)));
         }
@@ -294,7 +333,11 @@ impl Node {
         }
         left.sort();
         left.dedup();
-        bail!("left behind on the machine:\n  {}\n{}", left.join("\n  "), self.diagnostics())
+        bail!(
+            "left behind on the machine:\n  {}\n{}",
+            left.join("\n  "),
+            self.diagnostics()
+        )
     }
 
     /// What is left of removed pods while the daemon still runs; teardown beside the answer gets `limit`.

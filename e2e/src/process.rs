@@ -57,13 +57,20 @@ pub fn run(command: &mut Command, limit: Duration) -> Result<Output> {
         child.wait()?;
     }
     let text = |thread: std::thread::JoinHandle<String>| {
-        thread.join().unwrap_or_else(|_| "(the reader of this output panicked)".to_owned())
+        thread
+            .join()
+            .unwrap_or_else(|_| "(the reader of this output panicked)".to_owned())
     };
     let (stdout, stderr) = (text(stdout), text(stderr));
     let Some(status) = status else {
         bail!("{name} ran longer than {limit:?} and was killed\nstdout: {stdout}\nstderr: {stderr}");
     };
-    Ok(Output { code: code(status), stdout, stderr, took: start.elapsed() })
+    Ok(Output {
+        code: code(status),
+        stdout,
+        stderr,
+        took: start.elapsed(),
+    })
 }
 
 /// Runs a command and returns its standard output.
@@ -74,19 +81,29 @@ pub fn succeed(command: &mut Command, limit: Duration) -> Result<String> {
     let name = describe(command);
     let output = run(command, limit)?;
     if output.code != 0 {
-        bail!("{name} ended with {}\nstdout: {}\nstderr: {}", output.code, output.stdout, output.stderr);
+        bail!(
+            "{name} ended with {}\nstdout: {}\nstderr: {}",
+            output.code,
+            output.stdout,
+            output.stderr
+        );
     }
     Ok(output.stdout)
 }
 
 fn describe(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
-    words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+    words
+        .map(|word| word.to_string_lossy())
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 fn code(status: ExitStatus) -> i32 {
     use std::os::unix::process::ExitStatusExt;
-    status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default())
+    status
+        .code()
+        .unwrap_or_else(|| 128 + status.signal().unwrap_or_default())
 }
 
 fn wait(child: &mut Child, limit: Duration) -> Result<Option<ExitStatus>> {
@@ -128,7 +145,12 @@ impl Service {
             .process_group(0)
             .spawn()
             .with_context(|| format!("cannot start {name}"))?;
-        Ok(Self { child, name, log: log.to_owned(), ended: false })
+        Ok(Self {
+            child,
+            name,
+            log: log.to_owned(),
+            ended: false,
+        })
     }
 
     /// Process id.
@@ -146,7 +168,12 @@ impl Service {
         while !ready() {
             if let Some(status) = self.child.try_wait()? {
                 self.ended = true;
-                bail!("{} ended with {} before {what}\n{}", self.name, code(status), self.log_tail());
+                bail!(
+                    "{} ended with {} before {what}\n{}",
+                    self.name,
+                    code(status),
+                    self.log_tail()
+                );
             }
             if Instant::now() >= end {
                 bail!("{}: no {what} within {limit:?}\n{}", self.name, self.log_tail());
@@ -183,7 +210,11 @@ impl Service {
         if ended.is_none() {
             self.child.kill()?;
             self.child.wait()?;
-            bail!("{} did not end within {limit:?} of {signal}\n{}", self.name, self.log_tail());
+            bail!(
+                "{} did not end within {limit:?} of {signal}\n{}",
+                self.name,
+                self.log_tail()
+            );
         }
         Ok(())
     }
@@ -219,7 +250,11 @@ mod tests {
     fn a_command_over_its_limit_is_killed_with_what_it_started() {
         let limit = Duration::from_millis(200);
         let start = Instant::now();
-        let error = run(Command::new("sh").args(["-c", "echo begun; sleep 30 & wait"]), limit).unwrap_err();
+        let error = run(
+            Command::new("sh").args(["-c", "echo begun; sleep 30 & wait"]),
+            limit,
+        )
+        .unwrap_err();
         assert!(error.to_string().contains("begun"), "{error}");
         assert!(start.elapsed() < Duration::from_secs(10));
     }
@@ -227,7 +262,17 @@ mod tests {
     #[test]
     fn exit_codes_and_signals_are_told_apart() {
         let limit = Duration::from_secs(10);
-        assert_eq!(run(Command::new("sh").args(["-c", "exit 3"]), limit).unwrap().code, 3);
-        assert_eq!(run(Command::new("sh").args(["-c", "kill -9 $$"]), limit).unwrap().code, 137);
+        assert_eq!(
+            run(Command::new("sh").args(["-c", "exit 3"]), limit)
+                .unwrap()
+                .code,
+            3
+        );
+        assert_eq!(
+            run(Command::new("sh").args(["-c", "kill -9 $$"]), limit)
+                .unwrap()
+                .code,
+            137
+        );
     }
 }

@@ -36,11 +36,19 @@ impl Registry {
         let file = directory.join("config.yml");
         std::fs::write(&file, config)?;
         let mut command = Command::new("docker-registry");
-        command.arg("serve").arg(&file).env("OTEL_TRACES_EXPORTER", "none");
+        command
+            .arg("serve")
+            .arg(&file)
+            .env("OTEL_TRACES_EXPORTER", "none");
         let mut service = Service::start(&mut command, &directory.join("registry.log"))?;
         let limit = Duration::from_secs(20);
-        service.wait_until("answer from the registry", limit, || TcpStream::connect(address).is_ok())?;
-        Ok(Self { address, _service: service })
+        service.wait_until("answer from the registry", limit, || {
+            TcpStream::connect(address).is_ok()
+        })?;
+        Ok(Self {
+            address,
+            _service: service,
+        })
     }
 
     /// `127.0.0.1:port`.
@@ -60,7 +68,9 @@ impl Registry {
     /// # Errors
     /// The registry refuses a part of it.
     pub fn push(&self, name: &str, image: &Image) -> Result<String> {
-        let (repository, tag) = name.split_once(':').with_context(|| format!("{name:?} has no tag"))?;
+        let (repository, tag) = name
+            .split_once(':')
+            .with_context(|| format!("{name:?} has no tag"))?;
         for blob in &image.blobs {
             self.push_blob(repository, blob)?;
         }
@@ -73,7 +83,9 @@ impl Registry {
     /// # Errors
     /// The registry refuses a part of it.
     pub fn push_index(&self, name: &str, images: &[&Image], index: &Blob) -> Result<String> {
-        let (repository, tag) = name.split_once(':').with_context(|| format!("{name:?} has no tag"))?;
+        let (repository, tag) = name
+            .split_once(':')
+            .with_context(|| format!("{name:?} has no tag"))?;
         for image in images {
             for blob in &image.blobs {
                 self.push_blob(repository, blob)?;
@@ -85,9 +97,17 @@ impl Registry {
     }
 
     fn push_blob(&self, repository: &str, blob: &Blob) -> Result<()> {
-        let begin =
-            http::request(self.address, "POST", &format!("/v2/{repository}/blobs/uploads/"), &[], &[])?;
-        let location = begin.headers.get("location").context("the registry names no place to upload to")?;
+        let begin = http::request(
+            self.address,
+            "POST",
+            &format!("/v2/{repository}/blobs/uploads/"),
+            &[],
+            &[],
+        )?;
+        let location = begin
+            .headers
+            .get("location")
+            .context("the registry names no place to upload to")?;
         let path = http::path_of(location);
         let separator = if path.contains('?') { '&' } else { '?' };
         let path = format!("{path}{separator}digest={}", blob.digest);

@@ -83,8 +83,12 @@ mod tests {
 
     #[test]
     fn values_are_set_where_the_pointer_says() {
-        let pod = Request::pod("a", "/l", "/c").set("/linux/security_context/namespace_options/pid", json!(2));
-        assert_eq!(pod.json()["linux"]["security_context"]["namespace_options"]["pid"], 2);
+        let pod =
+            Request::pod("a", "/l", "/c").set("/linux/security_context/namespace_options/pid", json!(2));
+        assert_eq!(
+            pod.json()["linux"]["security_context"]["namespace_options"]["pid"],
+            2
+        );
         let pod = pod.set("/annotations/a.b~1c", json!("d"));
         assert_eq!(pod.json()["annotations"]["a.b/c"], "d");
     }

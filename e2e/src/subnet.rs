@@ -26,7 +26,10 @@ impl Subnet {
         for number in 1..=250u8 {
             let file = File::create(directory.join(number.to_string()))?;
             if let Ok(claim) = Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                return Ok(Self { number, _claim: claim });
+                return Ok(Self {
+                    number,
+                    _claim: claim,
+                });
             }
         }
         bail!("all 250 test networks are in use")

@@ -63,7 +63,10 @@ impl Suite {
     /// A suite whose node is started with these options.
     #[must_use]
     pub fn new(options: fn() -> Result<Options>) -> Self {
-        Self { options, entries: Vec::new() }
+        Self {
+            options,
+            entries: Vec::new(),
+        }
     }
 
     /// Adds a case that is run under both handlers.
@@ -75,7 +78,11 @@ impl Suite {
     /// Adds a case that only concerns one handler.
     #[must_use]
     pub fn one(mut self, handler: Handler, name: &str, body: Body) -> Self {
-        self.entries.push(Entry { name: format!("{name}::{}", handler.name()), handler, body });
+        self.entries.push(Entry {
+            name: format!("{name}::{}", handler.name()),
+            handler,
+            body,
+        });
         self
     }
 
@@ -86,7 +93,10 @@ impl Suite {
         let exact = arguments.iter().any(|a| a == "--exact");
         let filters: Vec<&String> = arguments.iter().filter(|a| !a.starts_with('-')).collect();
         let wanted = |name: &str| {
-            filters.is_empty() || filters.iter().any(|f| if exact { name == **f } else { name.contains(*f) })
+            filters.is_empty()
+                || filters
+                    .iter()
+                    .any(|f| if exact { name == **f } else { name.contains(*f) })
         };
         let entries: Vec<Entry> = self.entries.into_iter().filter(|e| wanted(&e.name)).collect();
         if arguments.iter().any(|a| a == "--list") {
@@ -108,8 +118,15 @@ impl Suite {
 
 fn run(flavour: Flavour, options: fn() -> Result<Options>, entries: Vec<Entry>) -> ExitCode {
     let start = Instant::now();
-    println!("\nrunning {} tests", entries.len() + usize::from(!entries.is_empty()));
-    let jobs = std::env::var("E2E_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(2usize).max(1);
+    println!(
+        "\nrunning {} tests",
+        entries.len() + usize::from(!entries.is_empty())
+    );
+    let jobs = std::env::var("E2E_JOBS")
+        .ok()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(2usize)
+        .max(1);
     let node: OnceLock<Result<Node, String>> = OnceLock::new();
     let ended: Mutex<Vec<(String, Outcome)>> = Mutex::new(Vec::new());
     let record = |name: String, outcome: Outcome, took: Duration| {
@@ -132,7 +149,9 @@ fn run(flavour: Flavour, options: fn() -> Result<Options>, entries: Vec<Entry>) 
                     let Some(entry) = next else { break };
                     let begun = Instant::now();
                     let node = node.get_or_init(|| {
-                        options().and_then(|o| Node::start(flavour, o)).map_err(|e| format!("{e:#}"))
+                        options()
+                            .and_then(|o| Node::start(flavour, o))
+                            .map_err(|e| format!("{e:#}"))
                     });
                     let outcome = run_one(flavour, node, &entry);
                     record(entry.name, outcome, begun.elapsed());
@@ -152,7 +171,10 @@ fn run(flavour: Flavour, options: fn() -> Result<Options>, entries: Vec<Entry>) 
         };
         record("nothing_is_left_behind".to_owned(), outcome, begun.elapsed());
     }
-    summary(&ended.into_inner().unwrap_or_else(PoisonError::into_inner), start.elapsed())
+    summary(
+        &ended.into_inner().unwrap_or_else(PoisonError::into_inner),
+        start.elapsed(),
+    )
 }
 
 fn run_one(flavour: Flavour, node: &Result<Node, String>, entry: &Entry) -> Outcome {
@@ -203,5 +225,9 @@ fn summary(ended: &[(String, Outcome)], took: Duration) -> ExitCode {
         count(|o| matches!(o, Outcome::Skipped(_))),
         took.as_secs_f32()
     );
-    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }

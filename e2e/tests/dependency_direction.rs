@@ -29,7 +29,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
         ],
     ),
     ("catamaran-shim-runc", &["catamaran-sandbox"]),
-    ("catamaran-shim-runv", &["catamaran-sandbox", "catamaran-guest-protocol"]),
+    (
+        "catamaran-shim-runv",
+        &["catamaran-sandbox", "catamaran-guest-protocol"],
+    ),
     ("catamaran-agent", &["catamaran-guest-protocol"]),
     // Only by the CRI, the command line and the file system: no crate of ours.
     ("catamaran-e2e", &[]),
@@ -40,10 +43,21 @@ const ALLOWED: &[(&str, &[&str])] = &[
 fn nothing_depends_the_other_way() {
     let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml");
     let output = Command::new(env!("CARGO"))
-        .args(["metadata", "--no-deps", "--offline", "--format-version=1", "--manifest-path", manifest])
+        .args([
+            "metadata",
+            "--no-deps",
+            "--offline",
+            "--format-version=1",
+            "--manifest-path",
+            manifest,
+        ])
         .output()
         .unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     let metadata: Value = serde_json::from_slice(&output.stdout).unwrap();
     let packages: BTreeMap<&str, Vec<&str>> = metadata["packages"]
         .as_array()
@@ -53,7 +67,10 @@ fn nothing_depends_the_other_way() {
             let dependencies = package["dependencies"].as_array().unwrap();
             // Dev-dependencies count too: a test of a lower crate must not need a higher one.
             let names = dependencies.iter().filter(|d| d["path"].is_string());
-            (package["name"].as_str().unwrap(), names.map(|d| d["name"].as_str().unwrap()).collect())
+            (
+                package["name"].as_str().unwrap(),
+                names.map(|d| d["name"].as_str().unwrap()).collect(),
+            )
         })
         .collect();
     let mut wrong = Vec::new();
@@ -66,6 +83,10 @@ fn nothing_depends_the_other_way() {
             wrong.push(format!("{name} must not depend on {dependency}"));
         }
     }
-    assert!(packages.len() >= 12, "cargo metadata lists only {:?}", packages.keys());
+    assert!(
+        packages.len() >= 12,
+        "cargo metadata lists only {:?}",
+        packages.keys()
+    );
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }

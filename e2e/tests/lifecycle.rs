@@ -31,12 +31,21 @@ fn main() -> ExitCode {
 
 fn pods(t: &Case<'_>) -> Result<()> {
     let crictl = &t.node.crictl;
-    let request = t.pod_request().set("/labels/tier", json!("x")).set("/annotations/note", json!("kept"));
+    let request = t
+        .pod_request()
+        .set("/labels/tier", json!("x"))
+        .set("/annotations/note", json!("kept"));
     let pod = t.run_pod(&request)?;
     let listed = crictl.json(&["pods", "--id", &pod.id])?;
     let item = &listed["items"][0];
-    ensure!(item["id"] == pod.id.as_str() && item["state"] == "SANDBOX_READY", "{listed}");
-    ensure!(item["metadata"]["name"] == request.name() && item["metadata"]["namespace"] == "e2e", "{item}");
+    ensure!(
+        item["id"] == pod.id.as_str() && item["state"] == "SANDBOX_READY",
+        "{listed}"
+    );
+    ensure!(
+        item["metadata"]["name"] == request.name() && item["metadata"]["namespace"] == "e2e",
+        "{item}"
+    );
     ensure!(item["annotations"]["note"] == "kept", "{item}");
     // containerd leaves the handler out of ListPodSandbox where it is the default.
     ensure!(item["runtimeHandler"] == t.handler.name(), "{item}");
@@ -54,33 +63,56 @@ fn pods(t: &Case<'_>) -> Result<()> {
     let status = t.pod_status(&pod.id)?;
     ensure!(status["status"]["state"] == "SANDBOX_READY", "{status}");
     ensure!(status["status"]["labels"]["tier"] == "x", "{status}");
-    ensure!(status["status"]["metadata"]["uid"].as_str().is_some_and(|u| u.starts_with("uid-")), "{status}");
+    ensure!(
+        status["status"]["metadata"]["uid"]
+            .as_str()
+            .is_some_and(|u| u.starts_with("uid-")),
+        "{status}"
+    );
     crictl.ok(&["stopp", &pod.id])?;
     let status = t.pod_status(&pod.id)?;
     ensure!(status["status"]["state"] == "SANDBOX_NOTREADY", "{status}");
     crictl.ok(&["rmp", &pod.id])?;
     let gone = crictl.fails(&["inspectp", &pod.id])?;
     ensure!(gone.contains("NotFound") || gone.contains("not found"), "{gone}");
-    ensure!(!crictl.ok(&["pods", "-q", "--no-trunc"])?.contains(&pod.id), "a removed pod is still listed");
+    ensure!(
+        !crictl.ok(&["pods", "-q", "--no-trunc"])?.contains(&pod.id),
+        "a removed pod is still listed"
+    );
     Ok(())
 }
 
 fn containers(t: &Case<'_>) -> Result<()> {
     let crictl = &t.node.crictl;
     let pod = t.pod()?;
-    let request = t.idle("main").set("/labels/part", json!("a")).set("/annotations/note", json!("kept"));
+    let request = t
+        .idle("main")
+        .set("/labels/part", json!("a"))
+        .set("/annotations/note", json!("kept"));
     let id = t.node.create(&pod, &request)?;
     ensure!(t.status(&id)?["state"] == "CONTAINER_CREATED");
     crictl.ok(&["start", &id])?;
     let status = t.status(&id)?;
     ensure!(status["state"] == "CONTAINER_RUNNING", "{status}");
-    ensure!(status["metadata"]["name"] == "main" && status["annotations"]["note"] == "kept", "{status}");
-    ensure!(status["image"]["image"].as_str().is_some_and(|i| !i.is_empty()), "{status}");
+    ensure!(
+        status["metadata"]["name"] == "main" && status["annotations"]["note"] == "kept",
+        "{status}"
+    );
+    ensure!(
+        status["image"]["image"].as_str().is_some_and(|i| !i.is_empty()),
+        "{status}"
+    );
     let log = status["logPath"].as_str().unwrap_or_default();
-    ensure!(log.ends_with("/main.log") && std::path::Path::new(log).exists(), "log path {log:?}");
+    ensure!(
+        log.ends_with("/main.log") && std::path::Path::new(log).exists(),
+        "log path {log:?}"
+    );
     let listed = crictl.json(&["ps", "--id", &id])?;
     let item = &listed["containers"][0];
-    ensure!(item["id"] == id.as_str() && item["podSandboxId"] == pod.id.as_str(), "{listed}");
+    ensure!(
+        item["id"] == id.as_str() && item["podSandboxId"] == pod.id.as_str(),
+        "{listed}"
+    );
     ensure!(item["state"] == "CONTAINER_RUNNING", "{item}");
     for (filter, expected) in [
         (vec!["--pod", &pod.id], true),
@@ -95,13 +127,19 @@ fn containers(t: &Case<'_>) -> Result<()> {
     crictl.ok(&["stop", "-t", "10", &id])?;
     let status = t.status(&id)?;
     ensure!(status["state"] == "CONTAINER_EXITED", "{status}");
-    ensure!(status["exitCode"].as_i64().unwrap_or(0) == 0 && status["reason"] == "Completed", "{status}");
+    ensure!(
+        status["exitCode"].as_i64().unwrap_or(0) == 0 && status["reason"] == "Completed",
+        "{status}"
+    );
     for time in ["createdAt", "startedAt", "finishedAt"] {
         let text = status[time].as_str().unwrap_or_default();
         ensure!(text.starts_with("20"), "{time} is {text:?}");
     }
     let again = crictl.fails(&["start", &id])?;
-    ensure!(again.to_lowercase().contains("exited"), "starting an exited container: {again}");
+    ensure!(
+        again.to_lowercase().contains("exited"),
+        "starting an exited container: {again}"
+    );
     crictl.ok(&["rm", &id])?;
     let gone = crictl.fails(&["inspect", &id])?;
     ensure!(gone.contains("NotFound") || gone.contains("not found"), "{gone}");
@@ -119,32 +157,62 @@ fn logs(t: &Case<'_>) -> Result<()> {
     for line in raw.lines() {
         let words: Vec<&str> = line.splitn(4, ' ').collect();
         ensure!(words.len() == 4, "{line:?} is no CRI log line");
-        ensure!(words[0].starts_with("20") && words[0].contains('T'), "{line:?} has no time");
-        ensure!(matches!(words[1], "stdout" | "stderr") && matches!(words[2], "P" | "F"), "{line:?}");
+        ensure!(
+            words[0].starts_with("20") && words[0].contains('T'),
+            "{line:?} has no time"
+        );
+        ensure!(
+            matches!(words[1], "stdout" | "stderr") && matches!(words[2], "P" | "F"),
+            "{line:?}"
+        );
         ensure!(words[3].len() <= 16 * 1024, "a line of {} bytes", words[3].len());
         long += words[3].bytes().filter(|b| *b == b'x').count();
     }
-    ensure!(raw.contains(" stdout F to-stdout\n") && raw.contains(" stderr F to-stderr\n"), "{raw:.400}");
-    ensure!(raw.contains(" P "), "a long line is split into partial lines: {raw:.400}");
-    ensure!(long == 40000, "{long} of 40000 bytes of a long line are in the log");
+    ensure!(
+        raw.contains(" stdout F to-stdout\n") && raw.contains(" stderr F to-stderr\n"),
+        "{raw:.400}"
+    );
+    ensure!(
+        raw.contains(" P "),
+        "a long line is split into partial lines: {raw:.400}"
+    );
+    ensure!(
+        long == 40000,
+        "{long} of 40000 bytes of a long line are in the log"
+    );
     let output = t.node.crictl.run(&["logs", &ended.id])?;
-    ensure!(output.stdout.starts_with("to-stdout\n") && output.stderr == "to-stderr\n", "{:.400}", output.stdout);
+    ensure!(
+        output.stdout.starts_with("to-stdout\n") && output.stderr == "to-stderr\n",
+        "{:.400}",
+        output.stdout
+    );
     Ok(())
 }
 
 fn exec(t: &Case<'_>) -> Result<()> {
     let pod = t.pod()?;
-    let id = t.start(&pod, &t.idle("main").set("/envs", json!([{"key": "MINE", "value": "a b"}])))?;
-    ensure!(t.shell(&id, "echo $MINE; cat /proc/1/cmdline | tr '\\0' ' '")?.starts_with("a b\nsh -c"));
+    let id = t.start(
+        &pod,
+        &t.idle("main")
+            .set("/envs", json!([{"key": "MINE", "value": "a b"}])),
+    )?;
+    ensure!(
+        t.shell(&id, "echo $MINE; cat /proc/1/cmdline | tr '\\0' ' '")?
+            .starts_with("a b\nsh -c")
+    );
     let output = t.exec(&id, &["sh", "-c", "echo out; echo err >&2; exit 7"])?;
     // crictl does not print the output of a command that failed, and ends with its own code.
-    ensure!(output.code != 0 && output.stderr.contains("exited with 7: err"), "{output:?}");
+    ensure!(
+        output.code != 0 && output.stderr.contains("exited with 7: err"),
+        "{output:?}"
+    );
     let both = t.exec(&id, &["sh", "-c", "echo out; echo err >&2"])?;
-    ensure!(both.stdout == "out\n" && both.stderr.contains("err"), "{both:?}");
+    ensure!(both.stdout == "out\n\nerr\n\n", "{both:?}");
     let missing = t.exec(&id, &["/no/such/program"])?;
     ensure!(missing.code != 0, "{missing:?}");
     let big = t.exec(&id, &["sh", "-c", "head -c 3000000 /dev/zero | tr '\\0' y"])?;
-    ensure!(big.stdout.len() == 3_000_000, "{} of 3000000 bytes", big.stdout.len());
+    let bytes = big.stdout.trim_end().len();
+    ensure!(bytes == 3_000_000, "{bytes} of 3000000 bytes");
     t.node.crictl.ok(&["stop", "-t", "5", &id])?;
     let stopped = t.exec(&id, &["true"])?;
     ensure!(stopped.code != 0, "exec in a stopped container: {stopped:?}");
@@ -155,10 +223,19 @@ fn exec_timeout(t: &Case<'_>) -> Result<()> {
     let pod = t.pod()?;
     let id = t.start(&pod, &t.idle("main"))?;
     let begun = Instant::now();
-    let output = t.node.crictl.run(&["exec", "-s", "--timeout", "1", &id, "sleep", "4321"])?;
-    ensure!(output.code != 0 && begun.elapsed() < Duration::from_secs(20), "{output:?}");
+    let output = t
+        .node
+        .crictl
+        .run(&["exec", "-s", "--timeout", "1", &id, "sleep", "4321"])?;
+    ensure!(
+        output.code != 0 && begun.elapsed() < Duration::from_secs(20),
+        "{output:?}"
+    );
     let text = output.stderr.to_lowercase();
-    ensure!(text.contains("deadlineexceeded") || text.contains("timed out") || text.contains("timeout"), "{text}");
+    ensure!(
+        text.contains("deadlineexceeded") || text.contains("timed out") || text.contains("timeout"),
+        "{text}"
+    );
     t.eventually(Duration::from_secs(5), || {
         let left = t.shell(&id, "ps | grep '[s]leep 4321' || true")?;
         ensure!(left.is_empty(), "the command still runs: {left}");
@@ -169,9 +246,14 @@ fn exec_timeout(t: &Case<'_>) -> Result<()> {
 fn stop(t: &Case<'_>) -> Result<()> {
     let pod = t.pod()?;
     // The trap is set when SIGTERM is among the caught signals (bit 14).
-    let polite = t.script("polite", "trap 'echo got-term; exit 5' TERM; while :; do sleep 1000 & wait $!; done");
+    let polite = t.script(
+        "polite",
+        "trap 'echo got-term; exit 5' TERM; while :; do sleep 1000 & wait $!; done",
+    );
     let id = t.start(&pod, &polite)?;
-    t.eventually(Duration::from_secs(5), || t.shell(&id, "grep -q '^SigCgt:.*4...$' /proc/1/status"))?;
+    t.eventually(Duration::from_secs(5), || {
+        t.shell(&id, "grep -q '^SigCgt:.*4...$' /proc/1/status")
+    })?;
     t.node.crictl.ok(&["stop", "-t", "20", &id])?;
     let ended = t.wait_exited(&id)?;
     ensure!(ended.code() == 5 && ended.reason() == "Error", "{}", ended.status);
@@ -182,7 +264,10 @@ fn stop(t: &Case<'_>) -> Result<()> {
     let begun = Instant::now();
     t.node.crictl.ok(&["stop", "-t", "1", &id])?;
     let took = begun.elapsed();
-    ensure!(took >= Duration::from_millis(900) && took < Duration::from_secs(15), "took {took:?}");
+    ensure!(
+        took >= Duration::from_millis(900) && took < Duration::from_secs(15),
+        "took {took:?}"
+    );
     let ended = t.wait_exited(&id)?;
     ensure!(ended.code() == 137, "{}", ended.status);
     Ok(())
@@ -190,14 +275,22 @@ fn stop(t: &Case<'_>) -> Result<()> {
 
 fn several(t: &Case<'_>) -> Result<()> {
     let pod = t.pod()?;
-    let server = t.script("server", "echo from-server > /tmp/index.html; exec httpd -f -p 127.0.0.1:8080 -h /tmp");
+    let server = t.script(
+        "server",
+        "echo from-server > /tmp/index.html; exec httpd -f -p 127.0.0.1:8080 -h /tmp",
+    );
     let first = t.start(&pod, &server)?;
     let second = t.start(&pod, &t.idle("client"))?;
     // The network is the pod's; file systems and processes are each container's.
-    let page = t.eventually(Duration::from_secs(10), || t.shell(&second, "wget -qO- http://127.0.0.1:8080/"))?;
+    let page = t.eventually(Duration::from_secs(10), || {
+        t.shell(&second, "wget -qO- http://127.0.0.1:8080/")
+    })?;
     ensure!(page == "from-server", "{page}");
     ensure!(t.shell(&second, "ls /tmp")?.is_empty());
-    ensure!(t.shell(&second, "ps")?.matches("httpd").count() == 0, "a container sees the other's processes");
+    ensure!(
+        t.shell(&second, "ps")?.matches("httpd").count() == 0,
+        "a container sees the other's processes"
+    );
     ensure!(t.shell(&first, "hostname")? == t.shell(&second, "hostname")?);
     t.node.crictl.ok(&["stop", "-t", "0", &first])?;
     ensure!(t.status(&second)?["state"] == "CONTAINER_RUNNING");
@@ -206,7 +299,10 @@ fn several(t: &Case<'_>) -> Result<()> {
 
 fn stats(t: &Case<'_>) -> Result<()> {
     let pod = t.pod()?;
-    let busy = t.script("busy", "x=$(head -c 8000000 /dev/zero | tr '\\0' y); while :; do :; done");
+    let busy = t.script(
+        "busy",
+        "x=$(head -c 8000000 /dev/zero | tr '\\0' y); while :; do :; done",
+    );
     let id = t.start(&pod, &busy)?;
     let (first, last) = t.eventually(Duration::from_secs(20), || {
         let read = || -> Result<(u64, u64)> {
@@ -243,7 +339,10 @@ fn repeated(t: &Case<'_>) -> Result<()> {
     // The CRI lets the stopping and removing verbs succeed for what is not there; crictl looks ids up first
     // and may say itself that it finds none.
     let again = crictl.run(&["rmp", &pod.id])?;
-    ensure!(again.code == 0 || again.stderr.to_lowercase().contains("not"), "{again:?}");
+    ensure!(
+        again.code == 0 || again.stderr.to_lowercase().contains("not"),
+        "{again:?}"
+    );
     // The name is free again.
     let next = t.run_pod(&pod.request)?;
     ensure!(next.id != pod.id);
@@ -259,7 +358,10 @@ fn repeated(t: &Case<'_>) -> Result<()> {
 
 fn force(t: &Case<'_>) -> Result<()> {
     let pod = t.pod()?;
-    let id = t.start(&pod, &t.script("stubborn", "trap '' TERM; while :; do sleep 1; done"))?;
+    let id = t.start(
+        &pod,
+        &t.script("stubborn", "trap '' TERM; while :; do sleep 1; done"),
+    )?;
     t.node.crictl.ok(&["rmp", "-f", &pod.id])?;
     ensure!(!t.node.crictl.ok(&["ps", "-a", "-q", "--no-trunc"])?.contains(&id));
     Ok(())
@@ -267,32 +369,61 @@ fn force(t: &Case<'_>) -> Result<()> {
 
 fn rotation(t: &Case<'_>) -> Result<()> {
     let pod = t.pod()?;
-    let id = t.start(&pod, &t.script("main", "i=0; while [ $i -lt 400 ]; do echo line-$i; i=$((i+1)); sleep 0.01; done"))?;
-    let path = t.status(&id)?["logPath"].as_str().context("no log path")?.to_owned();
+    let id = t.start(
+        &pod,
+        &t.script(
+            "main",
+            "i=0; while [ $i -lt 400 ]; do echo line-$i; i=$((i+1)); sleep 0.01; done",
+        ),
+    )?;
+    let path = t.status(&id)?["logPath"]
+        .as_str()
+        .context("no log path")?
+        .to_owned();
     std::thread::sleep(Duration::from_millis(700));
     let rotated = format!("{path}.1");
     std::fs::rename(&path, &rotated)?;
-    t.node.crictl.ok(&["logs", "-r", &id]).or_else(|_| t.node.crictl.ok(&["logs", "--reopen", &id]))?;
+    t.node
+        .crictl
+        .ok(&["logs", "-r", &id])
+        .or_else(|_| t.node.crictl.ok(&["logs", "--reopen", &id]))?;
     t.wait_exited(&id)?;
-    let (old, new) = (std::fs::read_to_string(&rotated)?, std::fs::read_to_string(&path)?);
+    let (old, new) = (
+        std::fs::read_to_string(&rotated)?,
+        std::fs::read_to_string(&path)?,
+    );
     ensure!(!new.is_empty(), "nothing is in the new log file");
     let all = old + &new;
     let lines: Vec<&str> = all.lines().filter_map(|l| l.rsplit(' ').next()).collect();
     let expected: Vec<String> = (0..400).map(|i| format!("line-{i}")).collect();
-    ensure!(lines == expected, "{} lines of 400, first {:?}", lines.len(), lines.first());
+    ensure!(
+        lines == expected,
+        "{} lines of 400, first {:?}",
+        lines.len(),
+        lines.first()
+    );
     Ok(())
 }
 
 fn kernel(t: &Case<'_>) -> Result<()> {
     let pod = t.pod()?;
     let inside = t.run_script(&pod, "main", "uname -r")?;
-    let host = nix::sys::utsname::uname()?.release().to_string_lossy().into_owned();
+    let host = nix::sys::utsname::uname()?
+        .release()
+        .to_string_lossy()
+        .into_owned();
     match t.handler {
         Handler::Runc => ensure!(inside.trim() == host, "runc: {inside} on {host}"),
         Handler::Runv => {
-            ensure!(inside.trim() != host && !inside.trim().is_empty(), "runv: {inside} on {host}");
+            ensure!(
+                inside.trim() != host && !inside.trim().is_empty(),
+                "runv: {inside} on {host}"
+            );
             let status = t.pod_status(&pod.id)?.to_string();
-            ensure!(status.contains(inside.trim()), "the pod's status names its kernel: {status}");
+            ensure!(
+                status.contains(inside.trim()),
+                "the pod's status names its kernel: {status}"
+            );
         }
     }
     Ok(())
@@ -300,11 +431,16 @@ fn kernel(t: &Case<'_>) -> Result<()> {
 
 fn update(t: &Case<'_>) -> Result<()> {
     let pod = t.pod()?;
-    let request = t.idle("main").set("/linux/resources/memory_limit_in_bytes", json!(64 << 20));
+    let request = t
+        .idle("main")
+        .set("/linux/resources/memory_limit_in_bytes", json!(64 << 20));
     let id = t.start(&pod, &request)?;
-    let limit = "cat /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null || cat /sys/fs/cgroup/memory.max";
+    let limit =
+        "cat /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null || cat /sys/fs/cgroup/memory.max";
     ensure!(t.shell(&id, limit)? == (64u64 << 20).to_string());
-    t.node.crictl.ok(&["update", "--memory", &(96u64 << 20).to_string(), &id])?;
+    t.node
+        .crictl
+        .ok(&["update", "--memory", &(96u64 << 20).to_string(), &id])?;
     ensure!(t.shell(&id, limit)? == (96u64 << 20).to_string());
     Ok(())
 }
@@ -315,15 +451,26 @@ fn info(t: &Case<'_>) -> Result<()> {
     let info = t.node.crictl.json(&["info"])?;
     let conditions = info["status"]["conditions"].as_array().context("no conditions")?;
     for kind in ["RuntimeReady", "NetworkReady"] {
-        let found = conditions.iter().find(|c| c["type"] == kind).with_context(|| format!("no {kind}"))?;
+        let found = conditions
+            .iter()
+            .find(|c| c["type"] == kind)
+            .with_context(|| format!("no {kind}"))?;
         ensure!(found["status"] == true, "{found}");
     }
     if t.node.flavour == catamaran_e2e::daemon::Flavour::Catamaran {
         let text = info.to_string();
-        ensure!(text.contains("tcg") || text.contains("kvm"), "the acceleration verdict is reported: {text}");
-        let handlers = info["runtimeHandlers"].as_array().context("no runtime handlers")?;
+        ensure!(
+            text.contains("tcg") || text.contains("kvm"),
+            "the acceleration verdict is reported: {text}"
+        );
+        let handlers = info["runtimeHandlers"]
+            .as_array()
+            .context("no runtime handlers")?;
         for handler in ["runc", "runv"] {
-            ensure!(handlers.iter().any(|h| h["name"] == handler), "{handler} is not in {handlers:?}");
+            ensure!(
+                handlers.iter().any(|h| h["name"] == handler),
+                "{handler} is not in {handlers:?}"
+            );
         }
     }
     Ok(())
@@ -333,15 +480,26 @@ fn images(t: &Case<'_>) -> Result<()> {
     use catamaran_e2e::image::{Format, Layer, Packing, build, host_architecture};
     let crictl = &t.node.crictl;
     let layer = Layer::new().file("only-here", 0o644, (0, 0), b"x")?;
-    let image = build(vec![(layer, Packing::Gzip)], &json!({"User": "7:8"}), Format::Oci, host_architecture())?;
+    let image = build(
+        vec![(layer, Packing::Gzip)],
+        &json!({"User": "7:8"}),
+        Format::Oci,
+        host_architecture(),
+    )?;
     let reference = t.node.registry.push("mine:1", &image)?;
     let pulled = crictl.ok(&["pull", &reference])?;
     ensure!(pulled.contains("up to date"), "{pulled}");
     let listed = crictl.json(&["images"])?;
     let all = listed["images"].as_array().context("no images")?;
-    let mine = all.iter().find(|i| i["repoTags"][0] == reference.as_str()).with_context(|| listed.to_string())?;
+    let mine = all
+        .iter()
+        .find(|i| i["repoTags"][0] == reference.as_str())
+        .with_context(|| listed.to_string())?;
     ensure!(mine["id"] == image.id.as_str(), "{mine}");
-    let by_digest = t.node.registry.reference(&format!("mine@{}", image.manifest.digest));
+    let by_digest = t
+        .node
+        .registry
+        .reference(&format!("mine@{}", image.manifest.digest));
     ensure!(mine["repoDigests"][0] == by_digest.as_str(), "{mine}");
     let status = crictl.json(&["inspecti", &reference])?;
     ensure!(status["status"]["uid"]["value"] == "7", "{status}");
@@ -352,7 +510,10 @@ fn images(t: &Case<'_>) -> Result<()> {
     let usage = crictl.ok(&["imagefsinfo"])?;
     ensure!(usage.contains("usedBytes"), "{usage}");
     crictl.ok(&["rmi", &reference])?;
-    ensure!(!crictl.ok(&["images"])?.contains("/mine "), "a removed image is still listed");
+    ensure!(
+        !crictl.ok(&["images"])?.contains("/mine "),
+        "a removed image is still listed"
+    );
     ensure!(crictl.run(&["inspecti", &reference])?.code != 0);
     // By digest alone, without a tag.
     crictl.ok(&["pull", &by_digest])?;

@@ -1,0 +1,113 @@
+//! All tests: of every crate, of the agent as it is built for the guest, end to end, and the lints.
+
+use std::process::{Command, Stdio};
+
+use crate::compile::{AGENT_FLAGS, AGENT_TARGET};
+use crate::report::Report;
+use crate::step::{Failure, Step};
+use crate::{compile, setup};
+
+/// Runs everything and prints the totals; a failure of the build ends it at once.
+pub(crate) fn run() -> Result<(), Failure> {
+    setup::run()?;
+    compile::run()?;
+    let mut report = Report::default();
+    // The release profile throughout: what is tested is what is shipped, and nothing is compiled twice.
+    let all = [
+        "cargo",
+        "test",
+        "--release",
+        "--locked",
+        "--workspace",
+        "--no-fail-fast",
+    ];
+    let others = ["--exclude", "catamaran-agent", "--exclude", "catamaran-e2e"];
+    tests(
+        &mut report,
+        Step::new("tests of the crates", &[&all, others.as_slice(), OUTPUT].concat()),
+    )?;
+    let agent = [
+        "cargo",
+        "test",
+        "--release",
+        "--locked",
+        "--no-fail-fast",
+        "--target",
+        AGENT_TARGET,
+    ];
+    let agent = [agent.as_slice(), &["-p", "catamaran-agent"], OUTPUT].concat();
+    tests(
+        &mut report,
+        Step::new("tests of the agent", &agent).env("RUSTFLAGS", AGENT_FLAGS),
+    )?;
+    let e2e = [
+        "cargo",
+        "test",
+        "--release",
+        "--locked",
+        "--no-fail-fast",
+        "-p",
+        "catamaran-e2e",
+    ];
+    tests(&mut report, Step::new("end-to-end tests", &e2e))?;
+    lints(&mut report)?;
+    report.print();
+    match report.failures() {
+        0 => Ok(()),
+        // The totals stay the last line: the failure is already printed.
+        _ => Err(String::new()),
+    }
+}
+
+/// libtest hides what a passing test prints, and with it why a test was skipped.
+const OUTPUT: &[&str] = &["--", "--show-output"];
+
+fn tests(report: &mut Report, step: Step<'_>) -> Result<(), Failure> {
+    let before = report.failures();
+    let (code, log) = step.watch(|line| report.line(line))?;
+    if code != 0 && report.failures() == before {
+        // A crate that does not compile, or a test binary that crashed, has no failed test to show for it.
+        let text = std::fs::read_to_string(&log).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        println!("{}", lines[lines.len().saturating_sub(60)..].join("\n"));
+        report.check(&format!("{} ended with {code}", log.display()), false);
+    }
+    Ok(())
+}
+
+fn lints(report: &mut Report) -> Result<(), Failure> {
+    let fmt = ["cargo", "fmt", "--all", "--check"];
+    let clippy = [
+        "cargo",
+        "clippy",
+        "--release",
+        "--locked",
+        "--workspace",
+        "--all-targets",
+        "--",
+        "-D",
+        "warnings",
+    ];
+    for (name, words) in [("cargo fmt", fmt.as_slice()), ("cargo clippy", clippy.as_slice())] {
+        if component_missing(words[1]) {
+            report.skip(
+                name,
+                "the component is not installed; rustup component add rustfmt clippy",
+            );
+            continue;
+        }
+        let (code, log) = Step::new(name, words).watch(|_| {})?;
+        if code != 0 {
+            let text = std::fs::read_to_string(&log).unwrap_or_default();
+            println!("{}", text.lines().take(80).collect::<Vec<_>>().join("\n"));
+        }
+        report.check(name, code == 0);
+    }
+    Ok(())
+}
+
+fn component_missing(name: &str) -> bool {
+    let mut version = Command::new("cargo");
+    version.args([name, "--version"]).stdout(Stdio::null()).stderr(Stdio::null());
+    version.status().map_or(true, |status| !status.success())
+}
