@@ -37,7 +37,8 @@ pub(crate) fn mounts(input: &ContainerInput<'_>, namespaces: &[LinuxNamespace]) 
     let mut list = kernel_file_systems(input, namespaces);
     list.retain(|mount| {
         let place = mount.destination();
-        !places.contains(place) && !(own_dev && place.starts_with("/dev"))
+        let hidden = own_dev && place.starts_with("/dev");
+        !hidden && !places.contains(place)
     });
     list.append(&mut binds);
     Ok(Mounts {

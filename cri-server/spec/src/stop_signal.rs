@@ -162,7 +162,7 @@ mod tests {
                 stop_signal: value,
                 ..Default::default()
             };
-            let found = stop_signal(&config, &image("")).expect(signal.as_str_name());
+            let found = stop_signal(&config, &image("")).expect("every name parses");
             assert!((1..=64).contains(&found.number), "{}", signal.as_str_name());
             // And back, but for the aliases.
             if !["SIGIOT", "SIGCLD", "SIGPOLL"].contains(&signal.as_str_name()) {
