@@ -86,6 +86,8 @@ pub enum VmmError {
 pub trait Vmm: Send + Sync {
     /// Process id of the VMM.
     fn pid(&self) -> u32;
+    /// The guest has opened the agent's port: its agent runs.
+    fn agent_port_opened(&self) -> bool;
     /// Plugs a network card; the guest sees it some time after the answer.
     async fn plug_nic(&self, nic: Nic) -> Result<(), VmmError>;
     /// Plugs a shared file system; the guest sees it some time after the answer.

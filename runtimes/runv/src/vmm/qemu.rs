@@ -13,10 +13,12 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use catamaran_guest_protocol::PORT_NAME;
 use catamaran_sandbox::pod_spec::Acceleration;
 use serde_json::json;
 use tokio::net::UnixStream;
@@ -30,8 +32,6 @@ use crate::confinement::Confinement;
 
 /// Root ports, each for one device: a network card or two, the shared file system, disks.
 pub const PORTS: usize = 8;
-/// The agent's port, as the guest finds it in /sys/class/virtio-ports.
-pub const AGENT_PORT: &str = "catamaran.agent";
 
 /// A QEMU process under control.
 pub struct Qemu {
@@ -40,6 +40,7 @@ pub struct Qemu {
     ports: Mutex<BTreeSet<usize>>,
     ended: watch::Receiver<Option<String>>,
     kill: mpsc::Sender<()>,
+    port_opened: Arc<AtomicBool>,
 }
 
 /// What [`start`] hands out beside the control.
@@ -108,8 +109,9 @@ pub async fn start(machine: &Machine, confinement: &Confinement) -> Result<Start
     };
     let (sender, ended) = watch::channel(None);
     let (kill, killed) = mpsc::channel(1);
-    tokio::spawn(supervise(child, killed, events, words, sender));
-    let vmm = Qemu { pid, qmp, ports: Mutex::new((0..PORTS).collect()), ended, kill };
+    let port_opened = Arc::new(AtomicBool::new(false));
+    tokio::spawn(supervise(child, killed, events, words, sender, Arc::clone(&port_opened)));
+    let vmm = Qemu { pid, qmp, ports: Mutex::new((0..PORTS).collect()), ended, kill, port_opened };
     Ok(Started { vmm, agent, console })
 }
 
@@ -178,7 +180,7 @@ fn arguments(machine: &Machine, inherited: &Inherited) -> Vec<OsString> {
     put("-serial", "chardev:console".to_owned());
     put("-chardev", socket("agent", &inherited.agent));
     put("-device", "virtio-serial-pci,id=serial,max_ports=2".to_owned());
-    put("-device", format!("virtserialport,bus=serial.0,chardev=agent,name={AGENT_PORT}"));
+    put("-device", format!("virtserialport,bus=serial.0,chardev=agent,name={PORT_NAME}"));
     put("-device", "virtio-rng-pci".to_owned());
     for port in 0..PORTS {
         let number = port + 1;
@@ -197,6 +199,7 @@ async fn supervise(
     mut events: mpsc::Receiver<Event>,
     words: Tail,
     ended: watch::Sender<Option<String>>,
+    port_opened: Arc<AtomicBool>,
 ) {
     let mut why = None;
     let status = loop {
@@ -210,8 +213,11 @@ async fn supervise(
             Some(event) = events.recv() => {
                 tracing::debug!(name = event.name, "VMM event");
                 let reason = event.data.get("reason").and_then(|reason| reason.as_str());
-                if event.name == "SHUTDOWN" {
-                    why = reason.map(str::to_owned);
+                match event.name.as_str() {
+                    "SHUTDOWN" => why = reason.map(str::to_owned),
+                    // The machine has one port that a guest can open.
+                    "VSERPORT_CHANGE" => port_opened.store(true, Ordering::Relaxed),
+                    _ => {}
                 }
             }
         }
@@ -271,6 +277,10 @@ impl Qemu {
 impl Vmm for Qemu {
     fn pid(&self) -> u32 {
         self.pid
+    }
+
+    fn agent_port_opened(&self) -> bool {
+        self.port_opened.load(Ordering::Relaxed)
     }
 
     async fn plug_nic(&self, nic: Nic) -> Result<(), VmmError> {
