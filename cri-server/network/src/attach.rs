@@ -7,13 +7,13 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::conflist::{ConfList, InForce, Source, checked_id};
+use crate::conflist::{ConfList, InForce, checked_id};
 use crate::error::{NetworkError, Result};
 use crate::plugin::{self, Call, Verb};
 use crate::pod::PodNetwork;
 use crate::record::{self, Intent};
 use crate::result::{Attachment, in_version};
-use crate::{NetworkConfig, POD_INTERFACE, default_network, netns};
+use crate::{NetworkConfig, POD_INTERFACE, netns};
 
 /// See [`crate::Network::attach`].
 pub(crate) async fn attach(
@@ -28,10 +28,7 @@ pub(crate) async fn attach(
             _ => detach(config, &pod.id).await?,
         }
     }
-    if network.source == Source::Default {
-        default_network::find_tools()?;
-        default_network::allow_forwarding(&network.list)?;
-    }
+    network.find_plugins(&config.bin_dirs)?;
     let intent = Intent::new(pod.clone(), network.list_for(pod), config.bin_dirs.clone());
     record::begin(&config.cache_dir, &intent).await?;
     let failure = match add(config, &intent).await {

@@ -325,7 +325,7 @@ impl InForce {
             }
         }
         match self.source {
-            Source::Default => default_network::find_tools(),
+            Source::Default => default_network::find_tools(&self.list),
             Source::File(_) => Ok(()),
         }
     }

@@ -1,6 +1,6 @@
-//! The network for a node on which no CNI configuration is installed: a bridge with masquerading, addresses
-//! by host-local, host ports by portmap, limits by bandwidth. The real plugins do the work; only their
-//! configuration is embedded.
+//! The network for a node on which no CNI configuration is installed: a bridge, addresses by host-local, host
+//! ports by portmap, limits by bandwidth. The real plugins do the work; their configuration is embedded, and
+//! masquerading is ours, see [`crate::masquerade`].
 
 use std::net::IpAddr;
 use std::path::Path;
@@ -37,7 +37,7 @@ pub(crate) fn list(config: &NetworkConfig) -> std::result::Result<ConfList, Stri
     }
     let mut ranges = Vec::new();
     let mut routes = Vec::new();
-    for subnet in config.default_subnet.split(',').map(str::trim) {
+    for subnet in subnets(&config.default_subnet) {
         let v6 = is_v6(subnet).ok_or_else(|| {
             format!("{subnet:?} is no subnet for pods in CIDR notation, such as 10.88.0.0/16")
         })?;
@@ -49,7 +49,6 @@ pub(crate) fn list(config: &NetworkConfig) -> std::result::Result<ConfList, Stri
             "type": "bridge",
             "bridge": bridge,
             "isGateway": true,
-            "ipMasq": true,
             "hairpinMode": true,
             "ipam": {
                 "type": "host-local",
@@ -86,32 +85,38 @@ pub(crate) fn for_pod(list: &ConfList, pod: &PodNetwork) -> ConfList {
 }
 
 /// Checks for what the plugins of the default start in their turn.
-pub(crate) fn find_tools() -> Result<()> {
+pub(crate) fn find_tools(list: &ConfList) -> Result<()> {
     let path = crate::plugin::search_path();
-    let found = std::env::split_paths(&path).any(|dir| dir.join("iptables").is_file());
-    if found {
-        Ok(())
+    let tools = if has_v6(list) {
+        &["iptables", "ip6tables"][..]
     } else {
-        Err(NetworkError::NotReady(
-            "the default network needs iptables, which is not on the PATH: install the package iptables"
-                .to_owned(),
-        ))
+        &["iptables"]
+    };
+    for tool in tools {
+        if !std::env::split_paths(&path).any(|dir| dir.join(tool).is_file()) {
+            let reason = format!("the default network needs {tool}, not found on the PATH: install iptables");
+            return Err(NetworkError::NotReady(reason));
+        }
     }
+    Ok(())
+}
+
+fn has_v6(list: &ConfList) -> bool {
+    let ranges = list
+        .plugins
+        .iter()
+        .filter_map(|plugin| plugin.get("ipam")?.get("ranges")?.as_array());
+    ranges
+        .flatten()
+        .filter_map(|range| range[0]["subnet"].as_str())
+        .any(|subnet| is_v6(subnet) == Some(true))
 }
 
 /// Switches forwarding on where it is off. The bridge plugin does so for a gateway, but only while it
 /// configures a pod; another program may have switched it off since.
 pub(crate) fn allow_forwarding(list: &ConfList) -> Result<()> {
-    let text = Value::from(
-        list.plugins
-            .iter()
-            .cloned()
-            .map(Value::Object)
-            .collect::<Vec<_>>(),
-    )
-    .to_string();
     let mut switches = vec!["/proc/sys/net/ipv4/ip_forward"];
-    if text.contains("\"::/0\"") {
+    if has_v6(list) {
         switches.push("/proc/sys/net/ipv6/conf/all/forwarding");
     }
     for switch in switches {
@@ -125,8 +130,13 @@ pub(crate) fn allow_forwarding(list: &ConfList) -> Result<()> {
     Ok(())
 }
 
+/// The subnets of the setting.
+pub(crate) fn subnets(setting: &str) -> impl Iterator<Item = &str> {
+    setting.split(',').map(str::trim)
+}
+
 /// The family of a subnet with room for a gateway and pods; `None`: it is no such subnet.
-fn is_v6(subnet: &str) -> Option<bool> {
+pub(crate) fn is_v6(subnet: &str) -> Option<bool> {
     let (address, length) = subnet.split_once('/')?;
     let address: IpAddr = address.parse().ok()?;
     let length: u32 = length.parse().ok()?;

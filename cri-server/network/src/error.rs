@@ -99,6 +99,15 @@ pub enum NetworkError {
         source: std::io::Error,
     },
 
+    /// The default network's way out could not be set up.
+    #[error("cannot masquerade the default network's subnet {subnet}: {reason}")]
+    Masquerade {
+        /// In CIDR notation.
+        subnet: String,
+        /// Why.
+        reason: String,
+    },
+
     /// A record of an attachment is damaged.
     #[error(
         "the network record {path} is damaged ({reason}); remove it once the pod's lease is freed by hand"

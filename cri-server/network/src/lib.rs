@@ -13,6 +13,8 @@ mod bandwidth;
 mod conflist;
 mod default_network;
 mod error;
+mod masquerade;
+mod netlink;
 mod netns;
 mod plugin;
 mod pod;
@@ -74,6 +76,7 @@ pub struct NetworkSummary {
 pub struct Network {
     config: Arc<NetworkConfig>,
     current: Arc<Mutex<Option<conflist::Current>>>,
+    masquerade: Arc<masquerade::Masquerade>,
 }
 
 impl Network {
@@ -83,6 +86,7 @@ impl Network {
         Self {
             config: Arc::new(config),
             current: Arc::default(),
+            masquerade: Arc::default(),
         }
     }
 
@@ -108,6 +112,7 @@ impl Network {
     pub async fn ready(&self) -> std::result::Result<NetworkSummary, String> {
         let summary = self.status()?;
         let network = self.in_force().map_err(|error| error.to_string())?;
+        self.prepare(&network).await.map_err(|error| error.to_string())?;
         attach::status(&self.config, &network)
             .await
             .map_err(|error| error.to_string())?;
@@ -150,6 +155,7 @@ impl Network {
     /// after a failed ADD failed too (the record stays, [`Self::detach`] tries again).
     pub async fn attach(&self, pod: &PodNetwork) -> Result<Attachment> {
         let network = self.in_force()?;
+        self.prepare(&network).await?;
         attach::attach(&self.config, &network, pod).await
     }
 
@@ -176,6 +182,30 @@ impl Network {
     /// [`NetworkError::Io`].
     pub fn attached(&self) -> Result<Vec<String>> {
         record::list(&self.config.cache_dir)
+    }
+
+    /// Takes away what the embedded default network leaves on the node when its last pod has gone: the
+    /// bridge and the masquerading rules. For an uninstallation, and for tests. Idempotent.
+    ///
+    /// # Errors
+    /// [`NetworkError::Masquerade`], [`NetworkError::Io`].
+    pub async fn remove_default(&self) -> Result<()> {
+        let bridge = &self.config.default_bridge;
+        if bridge.is_empty() {
+            return Ok(());
+        }
+        self.masquerade.remove(&self.config).await?;
+        netlink::delete_interface(bridge).map_err(NetworkError::io("delete interface", bridge))
+    }
+
+    /// What the default network needs beside its plugins.
+    async fn prepare(&self, network: &conflist::InForce) -> Result<()> {
+        if network.source != Source::Default {
+            return Ok(());
+        }
+        network.find_plugins(&self.config.bin_dirs)?;
+        default_network::allow_forwarding(&network.list)?;
+        self.masquerade.ensure(&self.config).await
     }
 
     fn in_force(&self) -> Result<Arc<conflist::InForce>> {

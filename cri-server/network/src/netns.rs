@@ -10,24 +10,19 @@
 
 use std::fs::{DirBuilder, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, sendto, socket,
-};
 use nix::sys::statfs::{FsType, statfs};
 
 use crate::conflist::{checked_id, good_name};
 use crate::error::{NetworkError, Result};
+use crate::netlink;
 
 const NSFS: FsType = FsType(0x6e73_6673);
-/// The loopback interface is the first of every network namespace.
-const LOOPBACK_INDEX: i32 = 1;
 
 /// See [`crate::Network::create_netns`].
 pub(crate) async fn create(dir: &Path, id: &str) -> Result<PathBuf> {
@@ -105,7 +100,7 @@ pub(crate) fn is_pinned(path: &Path) -> bool {
 
 fn fresh_namespace_at(pin: &Path) -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNET).map_err(failure("create", pin))?;
-    raise_loopback().map_err(|source| NetworkError::Netns {
+    netlink::raise_loopback().map_err(|source| NetworkError::Netns {
         what: "raise the loopback interface in",
         path: pin.to_owned(),
         source,
@@ -118,51 +113,6 @@ fn fresh_namespace_at(pin: &Path) -> Result<()> {
         None::<&str>,
     )
     .map_err(failure("pin", pin))
-}
-
-/// RTM_NEWLINK with IFF_UP for the loopback interface of the calling thread's namespace (rtnetlink(7)); what
-/// the CNI plugin `loopback` does with a process.
-fn raise_loopback() -> io::Result<()> {
-    let netlink = socket(
-        AddressFamily::Netlink,
-        SockType::Raw,
-        SockFlag::SOCK_CLOEXEC,
-        SockProtocol::NetlinkRoute,
-    )?;
-    bind(netlink.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
-    let up = u32::try_from(libc::IFF_UP).map_err(io::Error::other)?;
-    let flags = u16::try_from(libc::NLM_F_REQUEST | libc::NLM_F_ACK).map_err(io::Error::other)?;
-    let mut request = Vec::with_capacity(32);
-    // struct nlmsghdr: length, type, flags, sequence, port.
-    request.extend(32u32.to_ne_bytes());
-    request.extend(libc::RTM_NEWLINK.to_ne_bytes());
-    request.extend(flags.to_ne_bytes());
-    request.extend(1u32.to_ne_bytes());
-    request.extend(0u32.to_ne_bytes());
-    // struct ifinfomsg: family with padding, type, index, flags, which flags to change.
-    request.extend([0u8, 0]);
-    request.extend(0u16.to_ne_bytes());
-    request.extend(LOOPBACK_INDEX.to_ne_bytes());
-    request.extend(up.to_ne_bytes());
-    request.extend(up.to_ne_bytes());
-    sendto(
-        netlink.as_raw_fd(),
-        &request,
-        &NetlinkAddr::new(0, 0),
-        MsgFlags::empty(),
-    )?;
-    let mut answer = [0u8; 512];
-    let count = recv(netlink.as_raw_fd(), &mut answer, MsgFlags::empty())?;
-    // NLMSG_ERROR: the header, then 0 or a negative errno.
-    match answer
-        .get(16..20)
-        .and_then(|code| code.try_into().ok())
-        .map(i32::from_ne_bytes)
-    {
-        Some(0) if count >= 20 => Ok(()),
-        Some(code) if count >= 20 && code < 0 => Err(io::Error::from_raw_os_error(-code)),
-        _ => Err(io::Error::other("the kernel's answer is not an acknowledgement")),
-    }
 }
 
 fn failure(what: &'static str, path: &Path) -> impl FnOnce(Errno) -> NetworkError {

@@ -1,6 +1,6 @@
 //! The durable records of attachments, two files for each sandbox in the cache directory:
-//! `<id>.json`, the intent, written and synced before the first ADD: the pod, the chain, where its plugins
-//! are; `<id>.result.json`, written after the last ADD. DEL removes both, the intent last.
+//! `<id>.intent`, written and synced before the first ADD: the pod, the chain, where its plugins
+//! are; `<id>.result`, written after the last ADD. DEL removes both, the intent last.
 //!
 //! An intent without a result is an ADD that was interrupted, or whose result a power failure took: DEL then
 //! runs without `prevResult`, as the spec allows.
@@ -18,8 +18,8 @@ use crate::pod::PodNetwork;
 
 /// Version of [`Intent`]; others are refused.
 const VERSION: u32 = 1;
-const RESULT_END: &str = ".result.json";
-const INTENT_END: &str = ".json";
+const RESULT_END: &str = ".result";
+const INTENT_END: &str = ".intent";
 
 /// What DEL needs that ADD had.
 #[derive(Debug, Serialize, Deserialize)]
@@ -51,9 +51,9 @@ pub(crate) fn list(cache_dir: &Path) -> Result<Vec<String>> {
     let mut ids = Vec::new();
     for entry in entries {
         let name = entry.map_err(NetworkError::io("read", cache_dir))?.file_name();
-        let id = name.to_str().filter(|name| !name.ends_with(RESULT_END));
         ids.extend(
-            id.and_then(|name| name.strip_suffix(INTENT_END))
+            name.to_str()
+                .and_then(|name| name.strip_suffix(INTENT_END))
                 .map(str::to_owned),
         );
     }
@@ -189,24 +189,24 @@ mod tests {
         complete(&cache, "b", &json!({"x": 1})).await.unwrap();
         std::fs::write(cache.join("c.new"), "half").unwrap();
         let listed = list(&cache).unwrap();
-        assert!(listed.contains(&"b".to_owned()), "{listed:?}");
+        assert_eq!(listed, ["a.result", "b"]);
         assert_eq!(intent(&cache, "b").unwrap().unwrap().pod.id, "b");
         assert_eq!(result(&cache, "b").unwrap(), Some(json!({"x": 1})));
         assert!(intent(&cache, "c").unwrap().is_none());
         forget(&cache, "b").unwrap();
         forget(&cache, "b").unwrap();
-        assert!(!list(&cache).unwrap().contains(&"b".to_owned()));
+        assert_eq!(list(&cache).unwrap(), ["a.result"]);
     }
 
     #[tokio::test]
     async fn damage_is_named() {
         let dir = tempfile::tempdir().unwrap();
         begin(dir.path(), &an_intent("a")).await.unwrap();
-        std::fs::write(dir.path().join("a.result.json"), "{").unwrap();
+        std::fs::write(dir.path().join("a.result"), "{").unwrap();
         assert_eq!(result(dir.path(), "a").unwrap(), None);
-        std::fs::write(dir.path().join("a.json"), "{").unwrap();
+        std::fs::write(dir.path().join("a.intent"), "{").unwrap();
         let error = intent(dir.path(), "a").unwrap_err().to_string();
-        assert!(error.contains("a.json"), "{error}");
+        assert!(error.contains("a.intent"), "{error}");
         assert!(intent(dir.path(), "../a").is_err());
     }
 }
