@@ -234,6 +234,26 @@ impl<'a> Case<'a> {
         Ok(output.stdout.trim().to_owned())
     }
 
+    /// Gets `/` over HTTP from inside a container. By `nc`: a static busybox's wget may crash in glibc's name
+    /// service code.
+    ///
+    /// # Errors
+    /// Nothing answers there.
+    pub fn fetch_inside(&self, id: &str, host: &str, port: u16) -> Result<String> {
+        let script = format!("printf 'GET / HTTP/1.0\\r\\n\\r\\n' | nc -w 5 {host} {port}");
+        let answer = self.shell(id, &script)?;
+        if !answer.contains("200 OK") {
+            bail!("{host}:{port} answers {answer:?}");
+        }
+        Ok(answer.lines().last().unwrap_or_default().trim().to_owned())
+    }
+
+    /// The daemon under test is Catamaran, not the peer that proves the harness.
+    #[must_use]
+    pub fn ours(&self) -> bool {
+        self.node.flavour == crate::daemon::Flavour::Catamaran
+    }
+
     /// Tries until it succeeds or the limit is over.
     ///
     /// # Errors

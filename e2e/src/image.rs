@@ -114,6 +114,17 @@ impl Layer {
         Ok(self)
     }
 
+    /// Adds a hard link to a file of this layer.
+    ///
+    /// # Errors
+    /// A path that a tar header cannot hold.
+    pub fn hard_link(mut self, path: &str, target: &str) -> Result<Self> {
+        let mut header = header(tar::EntryType::Link, 0o755, (0, 0));
+        header.set_size(0);
+        self.tar.append_link(&mut header, path, target)?;
+        Ok(self)
+    }
+
     /// Adds what a busybox root needs: the binary, a link for each applet, accounts, common directories.
     ///
     /// # Errors

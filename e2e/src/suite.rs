@@ -51,6 +51,7 @@ struct Entry {
 pub struct Suite {
     options: fn() -> Result<Options>,
     entries: Vec<Entry>,
+    serial: bool,
 }
 
 enum Outcome {
@@ -66,7 +67,15 @@ impl Suite {
         Self {
             options,
             entries: Vec::new(),
+            serial: false,
         }
+    }
+
+    /// One case at a time: for suites that kill the daemon.
+    #[must_use]
+    pub fn serial(mut self) -> Self {
+        self.serial = true;
+        self
     }
 
     /// Adds a case that is run under both handlers.
@@ -112,21 +121,26 @@ impl Suite {
                 return ExitCode::FAILURE;
             }
         };
-        run(flavour, self.options, entries)
+        let jobs = if self.serial { 1 } else { jobs() };
+        run(flavour, self.options, entries, jobs)
     }
 }
 
-fn run(flavour: Flavour, options: fn() -> Result<Options>, entries: Vec<Entry>) -> ExitCode {
+/// Cases at a time: `E2E_JOBS`, else 2, since most of a case is waiting.
+fn jobs() -> usize {
+    std::env::var("E2E_JOBS")
+        .ok()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(2usize)
+        .max(1)
+}
+
+fn run(flavour: Flavour, options: fn() -> Result<Options>, entries: Vec<Entry>, jobs: usize) -> ExitCode {
     let start = Instant::now();
     println!(
         "\nrunning {} tests",
         entries.len() + usize::from(!entries.is_empty())
     );
-    let jobs = std::env::var("E2E_JOBS")
-        .ok()
-        .and_then(|n| n.parse().ok())
-        .unwrap_or(2usize)
-        .max(1);
     let node: OnceLock<Result<Node, String>> = OnceLock::new();
     let ended: Mutex<Vec<(String, Outcome)>> = Mutex::new(Vec::new());
     let record = |name: String, outcome: Outcome, took: Duration| {

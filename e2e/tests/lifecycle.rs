@@ -283,7 +283,7 @@ fn several(t: &Case<'_>) -> Result<()> {
     let second = t.start(&pod, &t.idle("client"))?;
     // The network is the pod's; file systems and processes are each container's.
     let page = t.eventually(Duration::from_secs(10), || {
-        t.shell(&second, "wget -qO- http://127.0.0.1:8080/")
+        t.fetch_inside(&second, "127.0.0.1", 8080)
     })?;
     ensure!(page == "from-server", "{page}");
     ensure!(t.shell(&second, "ls /tmp")?.is_empty());
@@ -457,7 +457,7 @@ fn info(t: &Case<'_>) -> Result<()> {
             .with_context(|| format!("no {kind}"))?;
         ensure!(found["status"] == true, "{found}");
     }
-    if t.node.flavour == catamaran_e2e::daemon::Flavour::Catamaran {
+    if t.ours() {
         let text = info.to_string();
         ensure!(
             text.contains("tcg") || text.contains("kvm"),

@@ -63,7 +63,12 @@ fn copy_tree(entries: std::fs::ReadDir, to: &Path) -> Result<(), Failure> {
     for entry in entries {
         let entry = entry.map_err(|e| format!("reading the guest directory: {e}"))?;
         let (from, to) = (entry.path(), to.join(entry.file_name()));
-        if from.is_dir() {
+        if from.is_symlink() {
+            // The link to the default kernel.
+            let target = std::fs::read_link(&from).map_err(|e| format!("{}: {e}", from.display()))?;
+            let _ = std::fs::remove_file(&to);
+            std::os::unix::fs::symlink(&target, &to).map_err(|e| format!("{}: {e}", to.display()))?;
+        } else if from.is_dir() {
             let inner = std::fs::read_dir(&from).map_err(|e| format!("{}: {e}", from.display()))?;
             copy_tree(inner, &to)?;
         } else {
