@@ -26,7 +26,7 @@ pub use error::{CgroupError, Result};
 pub use hierarchy::{CgroupVersion, Hierarchy};
 pub use network::{InterfaceStats, network_stats, network_stats_all};
 pub use resources::Resources;
-pub use stats::{CgroupStats, CpuStats, IoDevice, IoStats, MemoryStats, PidsStats, Pressure, Stall};
+pub use stats::{CgroupStats, CpuStats, Detail, IoDevice, IoStats, MemoryStats, PidsStats, Pressure, Stall};
 
 /// Which version this host has. A hybrid host, where version 1 has the controllers, is version 1.
 ///
@@ -84,18 +84,27 @@ pub fn set(path: &str, resources: &Resources) -> Result<()> {
     Hierarchy::host()?.set(path, resources)
 }
 
-/// As [`Hierarchy::stats`], on the host, for a container's cgroup.
+/// As [`Hierarchy::stats`] with [`Detail::Usage`], on the host: what the CRI lists of a container.
 ///
 /// # Errors
 /// As there.
 pub fn container_stats(path: &str) -> Result<CgroupStats> {
-    Hierarchy::host()?.stats(path)
+    Hierarchy::host()?.stats(path, Detail::Usage)
 }
 
-/// As [`Hierarchy::stats`], on the host, for a pod's cgroup: all counters include the cgroups below it.
+/// As [`Hierarchy::stats`] with [`Detail::Processes`], on the host: what the CRI lists of a pod. All counters
+/// include the cgroups below the pod's.
 ///
 /// # Errors
 /// As there.
 pub fn pod_stats(path: &str) -> Result<CgroupStats> {
-    Hierarchy::host()?.stats(path)
+    Hierarchy::host()?.stats(path, Detail::Processes)
+}
+
+/// As [`Hierarchy::stats`] with [`Detail::Full`], on the host: for metrics, of a pod or a container.
+///
+/// # Errors
+/// As there.
+pub fn full_stats(path: &str) -> Result<CgroupStats> {
+    Hierarchy::host()?.stats(path, Detail::Full)
 }

@@ -12,6 +12,19 @@ use crate::error::{CgroupError, Result};
 use crate::hierarchy::{Hierarchy, Mounts, relative};
 use crate::{stats_v1, stats_v2};
 
+/// How many files to read: each costs about ten microseconds, so that a list of a hundred containers is a
+/// matter of which files it does without.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Detail {
+    /// What the CRI's ContainerStats has: CPU time, use and limit of memory and swap, page faults, pressure.
+    /// Fields that say they need [`Detail::Full`] are then zero, `None` or empty.
+    Usage,
+    /// Also processes and threads, as in PodSandboxStats.
+    Processes,
+    /// Everything, for metrics.
+    Full,
+}
+
 /// Use of resources by a cgroup and all below it. A part is `None` where the host lacks its controller.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct CgroupStats {
@@ -21,7 +34,7 @@ pub struct CgroupStats {
     pub cpu: Option<CpuStats>,
     /// Memory.
     pub memory: Option<MemoryStats>,
-    /// Processes and threads.
+    /// Processes and threads; not with [`Detail::Usage`].
     pub pids: Option<PidsStats>,
     /// Block devices.
     pub io: Option<IoStats>,
@@ -32,7 +45,7 @@ pub struct CgroupStats {
 pub struct CpuStats {
     /// All of it.
     pub usage_ns: u64,
-    /// In user mode.
+    /// In user mode; needs [`Detail::Full`], as all of what follows but `pressure`.
     pub user_ns: u64,
     /// In the kernel.
     pub system_ns: u64,
@@ -59,7 +72,7 @@ pub struct MemoryStats {
     pub cache: u64,
     /// Mapped file pages.
     pub mapped_file: u64,
-    /// Kernel memory.
+    /// Kernel memory; needs [`Detail::Full`].
     pub kernel: u64,
     /// The cgroup's own limit; `None`: none.
     pub limit: Option<u64>,
@@ -69,15 +82,15 @@ pub struct MemoryStats {
     pub swap_usage: u64,
     /// Limit of swap alone; `None`: none, or the host does not account for swap.
     pub swap_limit: Option<u64>,
-    /// Greatest usage so far; `None` on version 2 before Linux 5.19.
+    /// Greatest usage so far; needs [`Detail::Full`]. `None` on version 2 before Linux 5.19.
     pub max_usage: Option<u64>,
-    /// How often the limit was hit.
+    /// How often the limit was hit; needs [`Detail::Full`].
     pub limit_hits: u64,
     /// Page faults.
     pub page_faults: u64,
     /// Those that had to read a device.
     pub major_page_faults: u64,
-    /// Processes that the kernel killed for want of memory.
+    /// Processes that the kernel killed for want of memory; needs [`Detail::Full`].
     pub oom_kills: u64,
     /// Stalls; version 2 only.
     pub pressure: Option<Pressure>,
@@ -97,7 +110,7 @@ pub struct PidsStats {
 /// Block devices.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct IoStats {
-    /// Those that were used.
+    /// Those that were used; needs [`Detail::Full`].
     pub devices: Vec<IoDevice>,
     /// Stalls; version 2 only.
     pub pressure: Option<Pressure>,
@@ -166,18 +179,19 @@ impl MemoryStats {
 }
 
 impl Hierarchy {
-    /// What the cgroup and those below it have used. Each file is read once and no process is started.
+    /// What the cgroup and those below it have used. Each file that `detail` needs is read once
+    /// and no process is started.
     ///
     /// # Errors
     /// [`CgroupError::NotFound`], also where the cgroup goes away meanwhile.
-    pub fn stats(&self, path: &str) -> Result<CgroupStats> {
+    pub fn stats(&self, path: &str, detail: Detail) -> Result<CgroupStats> {
         let inner = relative(path)?;
         let mut stats = match &self.mounts {
-            Mounts::V1 { controllers, .. } => stats_v1::read(|controller, file| {
+            Mounts::V1 { controllers, .. } => stats_v1::read(detail, |controller, file| {
                 let root = controllers.get(controller)?;
                 Some(root.join(inner).join(file))
             })?,
-            Mounts::V2 { root } => stats_v2::read(&root.join(inner))?,
+            Mounts::V2 { root } => stats_v2::read(detail, &root.join(inner))?,
         };
         if stats.cpu.is_none() && stats.memory.is_none() && stats.pids.is_none() && !self.exists(path)? {
             return Err(CgroupError::NotFound(path.to_owned()));
@@ -189,21 +203,33 @@ impl Hierarchy {
 }
 
 thread_local! {
-    /// `memory.stat` has about 2 KiB; one buffer serves all reads of a thread.
-    static BUFFER: RefCell<String> = RefCell::new(String::with_capacity(16 * 1024));
+    /// One buffer serves all reads of a thread; `memory.stat`, the longest, has about 2 KiB.
+    static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; 16 * 1024]);
 }
 
 /// Reads a file and gives its text to `parse`. `None`: this kernel or hierarchy does not have the file, or
 /// the cgroup has gone.
 pub(crate) fn read_file<T>(path: &Path, parse: impl FnOnce(&str) -> T) -> Result<Option<T>> {
-    BUFFER.with_borrow_mut(|buffer| {
-        buffer.clear();
-        match File::open(path).and_then(|mut file| file.read_to_string(buffer)) {
-            Ok(_) => Ok(Some(parse(buffer))),
+    BUFFER.with_borrow_mut(
+        |buffer| match File::open(path).and_then(|file| read_whole(file, buffer)) {
+            Ok(length) => Ok(Some(parse(&String::from_utf8_lossy(&buffer[..length])))),
             Err(error) if absent(&error) => Ok(None),
             Err(error) => Err(CgroupError::io("read", path)(error)),
+        },
+    )
+}
+
+/// The kernel makes the whole content of such a file for one read, so a read that does not fill the buffer
+/// was the last: no second one to see the end, and none of the calls by which std guesses the size.
+fn read_whole(mut file: File, buffer: &mut Vec<u8>) -> std::io::Result<usize> {
+    let mut length = 0;
+    loop {
+        length += file.read(&mut buffer[length..])?;
+        if length < buffer.len() {
+            return Ok(length);
         }
-    })
+        buffer.resize(buffer.len() * 2, 0);
+    }
 }
 
 /// As [`read_file`] for content that must be understood.

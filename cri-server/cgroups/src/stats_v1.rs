@@ -6,19 +6,24 @@ use std::path::PathBuf;
 use crate::error::Result;
 use crate::lifecycle::count_processes;
 use crate::parse;
-use crate::stats::{CgroupStats, CpuStats, IoStats, MemoryStats, PidsStats, read_file, read_value};
+use crate::stats::{CgroupStats, CpuStats, Detail, IoStats, MemoryStats, PidsStats, read_file, read_value};
 
 /// Nanoseconds of a tick of cpuacct.stat: USER_HZ is 100 on every architecture that Rust runs on.
 const TICK_NS: u64 = 10_000_000;
 
 /// `file` gives a file's path by controller and name; `None` where the controller is not mounted.
-pub(crate) fn read(file: impl Fn(&str, &str) -> Option<PathBuf>) -> Result<CgroupStats> {
+pub(crate) fn read(detail: Detail, file: impl Fn(&str, &str) -> Option<PathBuf>) -> Result<CgroupStats> {
+    let full = detail == Detail::Full;
     Ok(CgroupStats {
         timestamp_ns: 0,
-        cpu: cpu(&file)?,
-        memory: memory(&file)?,
-        pids: pids(&file)?,
-        io: io(&file)?,
+        cpu: cpu(full, &file)?,
+        memory: memory(full, &file)?,
+        pids: if detail >= Detail::Processes {
+            pids(&file)?
+        } else {
+            None
+        },
+        io: if full { io(&file)? } else { None },
     })
 }
 
@@ -40,7 +45,7 @@ fn with_keys(files: Files<'_>, controller: &str, name: &str, mut each: impl FnMu
     Ok(())
 }
 
-fn cpu(files: Files<'_>) -> Result<Option<CpuStats>> {
+fn cpu(full: bool, files: Files<'_>) -> Result<Option<CpuStats>> {
     let Some(usage_ns) = value(files, "cpuacct", "cpuacct.usage")? else {
         return Ok(None);
     };
@@ -48,6 +53,9 @@ fn cpu(files: Files<'_>) -> Result<Option<CpuStats>> {
         usage_ns,
         ..CpuStats::default()
     };
+    if !full {
+        return Ok(Some(cpu));
+    }
     with_keys(files, "cpuacct", "cpuacct.stat", |key, ticks| match key {
         "user" => cpu.user_ns = ticks.saturating_mul(TICK_NS),
         "system" => cpu.system_ns = ticks.saturating_mul(TICK_NS),
@@ -62,7 +70,7 @@ fn cpu(files: Files<'_>) -> Result<Option<CpuStats>> {
     Ok(Some(cpu))
 }
 
-fn memory(files: Files<'_>) -> Result<Option<MemoryStats>> {
+fn memory(full: bool, files: Files<'_>) -> Result<Option<MemoryStats>> {
     let Some(usage) = value(files, "memory", "memory.usage_in_bytes")? else {
         return Ok(None);
     };
@@ -73,9 +81,6 @@ fn memory(files: Files<'_>) -> Result<Option<MemoryStats>> {
     let mut memory = MemoryStats {
         usage,
         limit: limit("memory.limit_in_bytes")?,
-        kernel: value(files, "memory", "memory.kmem.usage_in_bytes")?.unwrap_or(0),
-        max_usage: value(files, "memory", "memory.max_usage_in_bytes")?,
-        limit_hits: value(files, "memory", "memory.failcnt")?.unwrap_or(0),
         ..MemoryStats::default()
     };
     // Version 1 limits memory and swap together.
@@ -94,12 +99,18 @@ fn memory(files: Files<'_>) -> Result<Option<MemoryStats>> {
         "total_inactive_file" => inactive_file = number,
         _ => {}
     })?;
+    memory.derive(inactive_file);
+    if !full {
+        return Ok(Some(memory));
+    }
+    memory.kernel = value(files, "memory", "memory.kmem.usage_in_bytes")?.unwrap_or(0);
+    memory.max_usage = value(files, "memory", "memory.max_usage_in_bytes")?;
+    memory.limit_hits = value(files, "memory", "memory.failcnt")?.unwrap_or(0);
     with_keys(files, "memory", "memory.oom_control", |key, number| {
         if key == "oom_kill" {
             memory.oom_kills = number;
         }
     })?;
-    memory.derive(inactive_file);
     Ok(Some(memory))
 }
 
@@ -217,7 +228,8 @@ mod tests {
         .into_iter()
         .map(|(name, path)| (name.to_owned(), path))
         .collect();
-        let stats = Hierarchy::v1(mounts).stats("/pod1").unwrap();
+        let hierarchy = Hierarchy::v1(mounts);
+        let stats = hierarchy.stats("/pod1", Detail::Full).unwrap();
         let cpu = stats.cpu.unwrap();
         assert_eq!(
             (cpu.usage_ns, cpu.user_ns, cpu.system_ns),
@@ -249,5 +261,13 @@ mod tests {
             })
         );
         assert_eq!(stats.io.unwrap().totals(), (4096, 512, 2, 1));
+
+        let usage = hierarchy.stats("/pod1", Detail::Usage).unwrap();
+        let read = usage.memory.unwrap();
+        assert_eq!(
+            (usage.cpu.unwrap().usage_ns, read.working_set, read.oom_kills),
+            (30, 600_000, 0)
+        );
+        assert_eq!((usage.pids, usage.io), (None, None));
     }
 }

@@ -5,16 +5,23 @@ use std::path::Path;
 use crate::error::Result;
 use crate::lifecycle::count_processes;
 use crate::parse;
-use crate::stats::{CgroupStats, CpuStats, IoStats, MemoryStats, PidsStats, Pressure, read_file, read_value};
+use crate::stats::{
+    CgroupStats, CpuStats, Detail, IoStats, MemoryStats, PidsStats, Pressure, read_file, read_value,
+};
 
 /// Reads the cgroup whose directory is `dir`.
-pub(crate) fn read(dir: &Path) -> Result<CgroupStats> {
+pub(crate) fn read(detail: Detail, dir: &Path) -> Result<CgroupStats> {
+    let full = detail == Detail::Full;
     Ok(CgroupStats {
         timestamp_ns: 0,
         cpu: cpu(dir)?,
-        memory: memory(dir)?,
-        pids: pids(dir)?,
-        io: io(dir)?,
+        memory: memory(full, dir)?,
+        pids: if detail >= Detail::Processes {
+            pids(dir)?
+        } else {
+            None
+        },
+        io: io(full, dir)?,
     })
 }
 
@@ -45,7 +52,7 @@ fn cpu(dir: &Path) -> Result<Option<CpuStats>> {
     Ok(Some(cpu))
 }
 
-fn memory(dir: &Path) -> Result<Option<MemoryStats>> {
+fn memory(full: bool, dir: &Path) -> Result<Option<MemoryStats>> {
     let Some(usage) = read_value(dir.join("memory.current"), parse::number)? else {
         return Ok(None);
     };
@@ -54,7 +61,6 @@ fn memory(dir: &Path) -> Result<Option<MemoryStats>> {
         limit: read_value(dir.join("memory.max"), parse::limit)?.flatten(),
         swap_usage: read_value(dir.join("memory.swap.current"), parse::number)?.unwrap_or(0),
         swap_limit: read_value(dir.join("memory.swap.max"), parse::limit)?.flatten(),
-        max_usage: read_value(dir.join("memory.peak"), parse::number)?,
         pressure: pressure(dir, "memory.pressure")?,
         ..MemoryStats::default()
     };
@@ -73,6 +79,11 @@ fn memory(dir: &Path) -> Result<Option<MemoryStats>> {
             }
         }
     })?;
+    memory.derive(inactive_file);
+    if !full {
+        return Ok(Some(memory));
+    }
+    memory.max_usage = read_value(dir.join("memory.peak"), parse::number)?;
     read_file(&dir.join("memory.events"), |text| {
         for (key, number) in parse::keyed(text) {
             match key {
@@ -82,7 +93,6 @@ fn memory(dir: &Path) -> Result<Option<MemoryStats>> {
             }
         }
     })?;
-    memory.derive(inactive_file);
     Ok(Some(memory))
 }
 
@@ -98,13 +108,19 @@ fn pids(dir: &Path) -> Result<Option<PidsStats>> {
     }))
 }
 
-fn io(dir: &Path) -> Result<Option<IoStats>> {
-    let Some(devices) = read_file(&dir.join("io.stat"), parse::io_stat)? else {
-        return Ok(None);
+fn io(full: bool, dir: &Path) -> Result<Option<IoStats>> {
+    let pressure = pressure(dir, "io.pressure")?;
+    let devices = if full {
+        read_file(&dir.join("io.stat"), parse::io_stat)?
+    } else {
+        None
     };
+    if devices.is_none() && pressure.is_none() {
+        return Ok(None);
+    }
     Ok(Some(IoStats {
-        devices,
-        pressure: pressure(dir, "io.pressure")?,
+        devices: devices.unwrap_or_default(),
+        pressure,
     }))
 }
 
@@ -153,7 +169,7 @@ mod tests {
         );
         fixture(&dir.join("child"), &[("cgroup.procs", "12\n")]);
         let stats = Hierarchy::v2(root.path().to_owned())
-            .stats("/kubepods/pod1")
+            .stats("/kubepods/pod1", Detail::Full)
             .unwrap();
         assert!(stats.timestamp_ns > 0);
         let cpu = stats.cpu.unwrap();
@@ -206,18 +222,20 @@ mod tests {
     fn what_is_missing_is_none_and_what_is_damaged_is_named() {
         let root = tempfile::tempdir().unwrap();
         let hierarchy = Hierarchy::v2(root.path().to_owned());
-        assert!(matches!(hierarchy.stats("/pod1"), Err(CgroupError::NotFound(path)) if path == "/pod1"));
+        assert!(
+            matches!(hierarchy.stats("/pod1", Detail::Full), Err(CgroupError::NotFound(path)) if path == "/pod1")
+        );
         fixture(
             &root.path().join("pod1"),
             &[("cpu.stat", "usage_usec 1\n"), ("cgroup.procs", "")],
         );
-        let stats = hierarchy.stats("/pod1").unwrap();
+        let stats = hierarchy.stats("/pod1", Detail::Full).unwrap();
         assert_eq!(
             (stats.cpu.unwrap().usage_ns, stats.memory, stats.pids),
             (1000, None, None)
         );
         fixture(&root.path().join("pod1"), &[("memory.current", "many\n")]);
-        let error = hierarchy.stats("/pod1").unwrap_err().to_string();
+        let error = hierarchy.stats("/pod1", Detail::Full).unwrap_err().to_string();
         assert!(
             error.contains("memory.current") && error.contains("many"),
             "{error}"

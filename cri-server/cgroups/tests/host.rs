@@ -195,22 +195,12 @@ fn use_and_oom_kills_are_counted() {
          i=0; while [ $i -lt 60000 ]; do i=$((i+1)); done; sleep 1000 & wait",
     );
     until("an OOM kill", || {
-        cgroups::container_stats(&scratch.0)
-            .unwrap()
-            .memory
-            .unwrap()
-            .oom_kills
-            > 0
+        cgroups::full_stats(&scratch.0).unwrap().memory.unwrap().oom_kills > 0
     });
     until("the sleeper", || {
-        cgroups::container_stats(&scratch.0)
-            .unwrap()
-            .pids
-            .unwrap()
-            .processes
-            == 2
+        cgroups::full_stats(&scratch.0).unwrap().pids.unwrap().processes == 2
     });
-    let stats = cgroups::container_stats(&scratch.0).unwrap();
+    let stats = cgroups::full_stats(&scratch.0).unwrap();
     let cpu = stats.cpu.unwrap();
     assert!(cpu.usage_ns > 1_000_000, "{cpu:?}");
     let memory = stats.memory.unwrap();

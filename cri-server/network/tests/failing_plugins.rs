@@ -119,7 +119,7 @@ async fn a_failed_del_is_kept_for_another_try() {
     assert!(matches!(error, NetworkError::Undo { .. }), "{error}");
     let text = error.to_string();
     assert!(text.contains("busy ADD") && text.contains("busy DEL"), "{text}");
-    assert_eq!(lab.network.attached().unwrap(), [pod.id.clone()]);
+    assert_eq!(lab.network.attached().unwrap(), std::slice::from_ref(&pod.id));
     lab.network.detach(&pod).await.unwrap_err();
     std::fs::remove_file(&broken).unwrap();
     lab.network.detach(&pod).await.unwrap();
@@ -161,7 +161,7 @@ async fn a_dropped_attach_is_undone_by_detach() {
     let pod = lab.pod("a").await;
     let dropped = tokio::time::timeout(Duration::from_secs(2), lab.network.attach(&pod)).await;
     assert!(dropped.is_err());
-    assert_eq!(lab.network.attached().unwrap(), [pod.id.clone()]);
+    assert_eq!(lab.network.attached().unwrap(), std::slice::from_ref(&pod.id));
     assert!(lab.left_now().iter().any(|left| left.starts_with("lease")));
     lab.network.detach(&pod).await.unwrap();
     assert_eq!(lab.leftovers(), [""; 0]);

@@ -153,7 +153,7 @@ async fn detach_works_when_the_namespace_is_gone() {
     assert!(!Path::new(&pod.netns).exists());
     // What a restarted daemon does, with nothing but the id.
     let restarted = catamaran_network::Network::new(lab.config.clone());
-    assert_eq!(restarted.attached().unwrap(), [pod.id.clone()]);
+    assert_eq!(restarted.attached().unwrap(), std::slice::from_ref(&pod.id));
     restarted.detach_id(&pod.id).await.unwrap();
     assert_eq!(lab.leftovers(), [""; 0]);
 }
