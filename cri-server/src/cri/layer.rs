@@ -1,0 +1,117 @@
+//! Around every RPC: a span with its name, and a log line with its status and time. A failed one is logged
+//! where it failed for the operator, too; a fast good one only at debug.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use http::{Request, Response};
+use tower::{Layer, Service};
+use tracing::Instrument as _;
+
+/// A successful RPC that took longer is worth a line.
+const SLOW: Duration = Duration::from_secs(2);
+
+/// The layer.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Observed;
+
+/// A service within the layer.
+#[derive(Debug, Clone)]
+pub(super) struct ObservedService<S> {
+    inner: S,
+}
+
+impl<S> Layer<S> for Observed {
+    type Service = ObservedService<S>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        ObservedService { inner }
+    }
+}
+
+impl<S, In, Out> Service<Request<In>> for ObservedService<S>
+where
+    S: Service<Request<In>, Response = Response<Out>>,
+    S::Future: Send + 'static,
+    S::Error: Send,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, request: Request<In>) -> Self::Future {
+        let rpc = request
+            .uri()
+            .path()
+            .rsplit('/')
+            .next()
+            .unwrap_or_default()
+            .to_owned();
+        let span = tracing::info_span!("rpc", name = rpc);
+        let begun = Instant::now();
+        let future = self.inner.call(request);
+        let observed = async move {
+            let result = future.await;
+            if let Ok(response) = &result {
+                log(response, begun.elapsed());
+            }
+            result
+        };
+        Box::pin(observed.instrument(span))
+    }
+}
+
+/// A status that is an error comes in the headers; a good one only with the body.
+fn log<Out>(response: &Response<Out>, took: Duration) {
+    let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
+    let ms = took.as_millis();
+    match header("grpc-status").filter(|code| *code != "0") {
+        Some(code) => {
+            let message = header("grpc-message").unwrap_or_default();
+            tracing::warn!(code, message = percent_decode(message), ms, "failed");
+        }
+        None if took > SLOW => tracing::info!(ms, "slow"),
+        None => tracing::debug!(ms, "done"),
+    }
+}
+
+/// gRPC over HTTP/2: `grpc-message` is percent-encoded.
+fn percent_decode(text: &str) -> String {
+    let bytes = text.as_bytes();
+    let mut out = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        let hex = bytes
+            .get(at + 1..at + 3)
+            .and_then(|digits| std::str::from_utf8(digits).ok());
+        match hex.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
+            Some(byte) if bytes[at] == b'%' => {
+                out.push(byte);
+                at += 3;
+            }
+            _ => {
+                out.push(bytes[at]);
+                at += 1;
+            }
+        }
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_are_decoded() {
+        assert_eq!(
+            percent_decode("no%20such pod: %22x%22 100%"),
+            "no such pod: \"x\" 100%"
+        );
+    }
+}

@@ -1,0 +1,17 @@
+//! The CRI's gRPC services. A handler verifies and converts; what is asked for is done in `pods` and the
+//! libraries. [`api`] is the only place that names the generated types.
+
+pub mod convert;
+mod image_service;
+mod layer;
+mod node_status;
+mod runtime_service;
+mod serve;
+mod stats;
+
+/// Messages, clients and servers of the CRI.
+pub mod api {
+    pub use catamaran_cri_api::v1::*;
+}
+
+pub use serve::{ServeError, serve};

@@ -1,0 +1,393 @@
+//! CreateContainer: root file system, OCI spec, bundle, and the process waiting to be started.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use catamaran_images::Image;
+use catamaran_sandbox::id::Id;
+use catamaran_sandbox::pod_spec::info;
+use catamaran_sandbox::protocol::{CRI_LOG_SCHEME, DISCARD_OUTPUT, STDIN_KEEP, STDIN_ONCE};
+use catamaran_spec::{
+    ContainerInput, HostInputs, HostNamespaces, ImageUsers, PidNamespace, PodFiles, Side, Target,
+    UserNamespace, container_spec, resolve_identity, stop_signal,
+};
+use oci_spec::runtime::{LinuxIdMapping, LinuxIdMappingBuilder, Spec};
+use tokio_util::sync::CancellationToken;
+
+use super::files::Files;
+use super::record::{ContainerRecord, PodRecord, PodView};
+use super::run_sandbox::Failed;
+use super::state::ContainerState;
+use super::undo::Undo;
+use super::{image_ref, teardown};
+use crate::config::CgroupDriver;
+use crate::cri::api::{ContainerConfig, LinuxContainerUser, NamespaceMode, NamespaceOption};
+use crate::error::{Error, Result, chain};
+use crate::node::{Node, now_ns};
+use crate::shim::{CreateTask, Mount, Shim};
+use crate::store::Written;
+
+/// `/etc/passwd` and `/etc/group` of an image; larger ones are not read.
+const USER_FILE_LIMIT: u64 = 4 << 20;
+
+/// A container that can be made: checked, nothing done yet.
+pub(super) struct Plan {
+    pub(super) record: ContainerRecord,
+    spec: Spec,
+    read_only: bool,
+}
+
+/// Checks a request and makes its spec.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] and [`Error::Spec`] naming the field, [`Error::NotFound`] for the image.
+pub(super) async fn plan(node: &Arc<Node>, pod: &PodView, config: ContainerConfig) -> Result<Plan> {
+    verify(&pod.pod, &config)?;
+    let wanted = config
+        .image
+        .as_ref()
+        .map(|image| image.image.clone())
+        .unwrap_or_default();
+    let image = node.images.get(&wanted).ok_or_else(|| Error::NotFound {
+        what: "image",
+        id: wanted,
+    })?;
+    let id = Id::random().map_err(Error::io("read", "/dev/urandom"))?;
+    let handler = node.handlers.resolve(&pod.pod.handler)?;
+    let features = handler.features().await;
+    let node = node.clone();
+    let pod = pod.clone();
+    let side = handler.side();
+    teardown::blocking(move || plan_blocking(&node, &pod, config, &image, id, side, features)).await
+}
+
+fn plan_blocking(
+    node: &Node,
+    pod: &PodView,
+    config: ContainerConfig,
+    image: &Image,
+    id: Id,
+    side: Side,
+    runtime: catamaran_spec::RuntimeFeatures,
+) -> Result<Plan> {
+    let users = ImageUsers {
+        passwd: node.images.read_file(&image.id, "/etc/passwd", USER_FILE_LIMIT)?,
+        group: node.images.read_file(&image.id, "/etc/group", USER_FILE_LIMIT)?,
+    };
+    let sandbox = &pod.pod;
+    let files = Files::of(&node.dirs.pod(&sandbox.id));
+    let files = PodFiles {
+        shm: if sandbox.spec.namespaces.host_ipc {
+            "/dev/shm".into()
+        } else {
+            files.shm
+        },
+        resolv_conf: files.resolv_conf,
+        hosts: files.hosts,
+        hostname: files.hostname,
+    };
+    let security = config
+        .linux
+        .as_ref()
+        .and_then(|linux| linux.security_context.clone())
+        .unwrap_or_default();
+    let options = security.namespace_options.clone().unwrap_or_default();
+    let namespaces = host_namespaces(pod, &options)?;
+    let inputs = HostInputs::gather(&config, side)?;
+    let annotations: BTreeMap<String, String> = BTreeMap::new();
+    let image_name = config.image.as_ref().map(user_image_name).unwrap_or_default();
+    let input = ContainerInput {
+        pod: &sandbox.config,
+        container: &config,
+        image: &image.config,
+        container_id: id.as_str(),
+        sandbox_id: sandbox.id.as_str(),
+        target: match side {
+            Side::Host => Target::Host(&namespaces),
+            Side::Guest => Target::Guest,
+        },
+        host: &node.host,
+        runtime,
+        files: &files,
+        users: &users,
+        inputs: &inputs,
+        rootfs: Path::new("rootfs"),
+        image_name: &image_name,
+        systemd_cgroup: node.config.cgroup_driver == CgroupDriver::Systemd,
+        cgroup_parent: &sandbox.cgroup_parent,
+        annotations: &annotations,
+    };
+    let spec = container_spec(&input)?;
+    let image_user = image
+        .config
+        .config()
+        .as_ref()
+        .and_then(|config| config.user().clone())
+        .unwrap_or_default();
+    let identity = resolve_identity(Some(&security), &image_user, &users)?;
+    let signal = stop_signal(&config, &image.config)?;
+    let log_path = log_path(&sandbox.config.log_directory, &config.log_path);
+    let record = ContainerRecord {
+        id,
+        pod: sandbox.id.clone(),
+        state: ContainerState::Creating,
+        image_id: image.id.clone(),
+        image_ref: image_ref(image),
+        log_path,
+        stop_signal: signal.number,
+        user: LinuxContainerUser {
+            uid: i64::from(identity.uid),
+            gid: i64::from(identity.gid),
+            supplemental_groups: identity.groups.iter().map(|gid| i64::from(*gid)).collect(),
+        },
+        resources: config
+            .linux
+            .as_ref()
+            .and_then(|linux| linux.resources.clone())
+            .unwrap_or_default(),
+        pid: 0,
+        created_at_ns: now_ns(),
+        started_at_ns: 0,
+        exit: None,
+        config,
+    };
+    Ok(Plan {
+        record,
+        spec,
+        read_only: security.readonly_rootfs,
+    })
+}
+
+fn verify(pod: &PodRecord, config: &ContainerConfig) -> Result<()> {
+    match &config.metadata {
+        None => return Err(Error::invalid("config.metadata", "is missing")),
+        Some(metadata) if metadata.name.is_empty() => {
+            return Err(Error::invalid("config.metadata.name", "is empty"));
+        }
+        Some(_) => {}
+    }
+    if config.image.as_ref().is_none_or(|image| image.image.is_empty()) {
+        return Err(Error::invalid("config.image.image", "is empty"));
+    }
+    if config.windows.is_some() {
+        return Err(Error::invalid("config.windows", "this is a Linux node"));
+    }
+    if !config.cdi_devices.is_empty() {
+        return Err(Error::invalid("config.CDI_devices", "CDI is not served"));
+    }
+    if !config.log_path.is_empty() {
+        if pod.config.log_directory.is_empty() && !config.log_path.starts_with('/') {
+            return Err(Error::invalid(
+                "config.log_path",
+                "is relative, and the pod has no log_directory",
+            ));
+        }
+        if Path::new(&config.log_path)
+            .components()
+            .any(|part| part == std::path::Component::ParentDir)
+        {
+            return Err(Error::invalid(
+                "config.log_path",
+                "leads out of the pod's log_directory by '..'",
+            ));
+        }
+    }
+    if config.stdin_once && !config.stdin {
+        return Err(Error::invalid("config.stdin_once", "needs config.stdin"));
+    }
+    Ok(())
+}
+
+fn log_path(directory: &str, path: &str) -> String {
+    if path.is_empty() {
+        String::new()
+    } else {
+        Path::new(directory).join(path).display().to_string()
+    }
+}
+
+/// What the user wrote, for annotations and status.
+fn user_image_name(image: &crate::cri::api::ImageSpec) -> String {
+    if image.user_specified_image.is_empty() {
+        image.image.clone()
+    } else {
+        image.user_specified_image.clone()
+    }
+}
+
+/// The pinned namespaces that the container joins.
+fn host_namespaces(pod: &PodView, options: &NamespaceOption) -> Result<HostNamespaces> {
+    let field = "config.linux.security_context.namespace_options";
+    let pinned = |key: &str| pod.pod.info.get(key).map(PathBuf::from);
+    let pid = match options.pid() {
+        NamespaceMode::Container => PidNamespace::Private,
+        NamespaceMode::Node => PidNamespace::Host,
+        NamespaceMode::Pod => match pinned(info::PID_NAMESPACE) {
+            Some(path) => PidNamespace::Join(path),
+            None if matches!(
+                pod.pod.spec.runtime,
+                catamaran_sandbox::pod_spec::RuntimeSpec::Vm(_)
+            ) =>
+            {
+                PidNamespace::Private
+            }
+            None => {
+                return Err(Error::invalid(
+                    format!("{field}.pid"),
+                    "is POD, but the pod sandbox was made without a PID namespace of its own",
+                ));
+            }
+        },
+        NamespaceMode::Target => {
+            let target = pod.containers.iter().find(|(id, container)| {
+                id.as_str() == options.target_id && container.state == ContainerState::Running
+            });
+            match target {
+                Some((_, container)) if container.pid != 0 => {
+                    PidNamespace::Join(format!("/proc/{}/ns/pid", container.pid).into())
+                }
+                Some(_) => PidNamespace::Private,
+                None => {
+                    return Err(Error::invalid(
+                        format!("{field}.target_id"),
+                        format!("{:?} is no running container of the pod", options.target_id),
+                    ));
+                }
+            }
+        }
+    };
+    let user = match (&pod.pod.spec.namespaces.user, pinned(info::USER_NAMESPACE)) {
+        (Some(user), Some(path)) => Some(UserNamespace {
+            path,
+            uids: mappings(&user.uids)?,
+            gids: mappings(&user.gids)?,
+        }),
+        _ => None,
+    };
+    Ok(HostNamespaces {
+        network: pod.pod.netns().cloned(),
+        ipc: pinned(info::IPC_NAMESPACE),
+        uts: pinned(info::UTS_NAMESPACE),
+        pid,
+        user,
+    })
+}
+
+fn mappings(list: &[catamaran_sandbox::pod_spec::IdMapping]) -> Result<Vec<LinuxIdMapping>> {
+    let convert = |m: &catamaran_sandbox::pod_spec::IdMapping| {
+        LinuxIdMappingBuilder::default()
+            .container_id(m.container_id)
+            .host_id(m.host_id)
+            .size(m.length)
+            .build()
+            .map_err(|e| Error::Internal(e.to_string()))
+    };
+    list.iter().map(convert).collect()
+}
+
+/// Makes the container; `announced` is the durable record of the intent. Undoes everything when a step fails
+/// or `cancel` comes.
+pub(super) async fn run(
+    node: Arc<Node>,
+    shim: Shim,
+    plan: Plan,
+    announced: Written,
+    cancel: CancellationToken,
+) -> Result<(), Failed> {
+    let mut undo = Undo::default();
+    let result = tokio::select! {
+        result = begin(&node, &shim, &plan, announced, &mut undo) => result,
+        () = cancel.cancelled() => {
+            Err(Error::Aborted(format!("the pod of container {} was stopped while it was created", plan.record.id)))
+        }
+    };
+    match result {
+        Ok(()) => Ok(()),
+        Err(error) => {
+            tracing::info!(container = %plan.record.id, error = %chain(&error), "undoing a container");
+            Err(Failed {
+                error,
+                left: undo.run().await,
+            })
+        }
+    }
+}
+
+async fn begin(
+    node: &Arc<Node>,
+    shim: &Shim,
+    plan: &Plan,
+    announced: Written,
+    undo: &mut Undo,
+) -> Result<()> {
+    announced.durable().await?;
+    let text = |error: Error| chain(&error);
+    let (pod, id) = (plan.record.pod.clone(), plan.record.id.clone());
+    let (n, i) = (node.clone(), id.clone());
+    undo.push("snapshot", move || async move {
+        n.images.release(i.as_str()).await.map_err(|e| chain(&e))
+    });
+    let (n, p, i) = (node.clone(), pod.clone(), id.clone());
+    undo.push("bundle", move || async move {
+        teardown::remove_container_bundle(&n, &p, &i).await.map_err(text)
+    });
+    let bundle = node.dirs.container(&pod, &id);
+    std::fs::create_dir_all(bundle.join("rootfs")).map_err(Error::io("create", &bundle))?;
+    let config = serde_json::to_vec(&plan.spec).map_err(|e| Error::Internal(e.to_string()))?;
+    std::fs::write(bundle.join("config.json"), config)
+        .map_err(Error::io("write", bundle.join("config.json")))?;
+    if let Some(parent) = Path::new(&plan.record.log_path)
+        .parent()
+        .filter(|_| !plan.record.log_path.is_empty())
+    {
+        std::fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
+    }
+    let snapshot = node
+        .images
+        .prepare(&plan.record.image_id, id.as_str(), plan.read_only)
+        .await?;
+    let (s, i) = (shim.clone(), id.clone());
+    undo.push("task", move || async move {
+        match s.delete(i.as_str()).await {
+            // A shim that is gone has no task.
+            Err(error) if !error.is_gone() => Err(chain(&error)),
+            _ => Ok(()),
+        }
+    });
+    let config = &plan.record.config;
+    let rootfs = snapshot.mounts.into_iter().map(|mount| Mount {
+        fs_type: mount.fs_type,
+        source: mount.source,
+        options: mount.options,
+    });
+    shim.create(&CreateTask {
+        id: id.as_str(),
+        bundle: &bundle,
+        rootfs: rootfs.collect(),
+        terminal: config.tty,
+        stdin: match (config.stdin, config.stdin_once) {
+            (false, _) => String::new(),
+            (true, false) => STDIN_KEEP.to_owned(),
+            (true, true) => STDIN_ONCE.to_owned(),
+        },
+        stdout: match plan.record.log_path.as_str() {
+            "" => DISCARD_OUTPUT.to_owned(),
+            path => format!("{CRI_LOG_SCHEME}{path}"),
+        },
+    })
+    .await?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_path_is_below_the_pods_directory() {
+        assert_eq!(log_path("/var/log/pods/x", "c/0.log"), "/var/log/pods/x/c/0.log");
+        assert_eq!(log_path("/var/log/pods/x", ""), "");
+        assert_eq!(log_path("", "/a/b.log"), "/a/b.log");
+    }
+}

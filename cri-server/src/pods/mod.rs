@@ -1,0 +1,417 @@
+//! Pods: the registry of all of them, and the verbs that requests call. Each verb has its file; each pod has
+//! its owner task (owner.rs), and readers take snapshots that wait for nobody.
+
+mod create_container;
+mod exec_sync;
+mod files;
+mod network;
+mod owner;
+pub mod record;
+mod recover;
+mod remove_container;
+mod remove_sandbox;
+mod run_sandbox;
+mod start_container;
+pub mod state;
+mod stop_container;
+mod stop_sandbox;
+mod teardown;
+pub mod undo;
+mod update_container;
+pub mod vm;
+mod watch;
+
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use catamaran_images::Image;
+use catamaran_sandbox::id::Id;
+use catamaran_sandbox::pod_spec::RuntimeSpec;
+use tokio::sync::oneshot;
+
+use self::owner::{Call, Handle, Message, Owner, Reply};
+use self::record::{ContainerRecord, PodKey, PodRecord, PodView};
+use self::state::{ContainerState, PodState, Request, admit};
+use crate::config::HandlerType;
+use crate::cri::api::{ContainerConfig, LinuxContainerResources, PodSandboxConfig};
+use crate::error::{Error, Result};
+use crate::node::Node;
+use crate::shim::{ExecOutput, Shim};
+
+/// All pods of the node. Clones share them.
+#[derive(Debug, Clone)]
+pub struct Pods {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    node: Arc<Node>,
+    index: RwLock<Index>,
+}
+
+#[derive(Debug, Default)]
+struct Index {
+    pods: HashMap<Id, Handle>,
+    names: HashMap<PodKey, Id>,
+}
+
+impl Pods {
+    /// Takes over what the store says: adopts what lives, undoes what was half made, removes what leaked.
+    pub async fn recover(node: Arc<Node>, pods: Vec<PodRecord>, containers: Vec<ContainerRecord>) -> Self {
+        let this = Self {
+            inner: Arc::new(Inner {
+                node,
+                index: RwLock::default(),
+            }),
+        };
+        recover::run(&this, pods, containers).await;
+        this
+    }
+
+    /// What the pods share.
+    #[must_use]
+    pub fn node(&self) -> &Arc<Node> {
+        &self.inner.node
+    }
+
+    fn index<T>(&self, look: impl FnOnce(&mut Index) -> T) -> T {
+        look(&mut self.inner.index.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Every pod that is listed (not those still being created), in no order.
+    #[must_use]
+    pub fn views(&self) -> Vec<Arc<PodView>> {
+        let index = self.inner.index.read().unwrap_or_else(PoisonError::into_inner);
+        let views = index.pods.values().map(|handle| handle.view.borrow().clone());
+        views
+            .filter(|view| view.pod.state != PodState::Creating)
+            .collect()
+    }
+
+    /// A pod by id or by an unambiguous beginning of it.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`].
+    pub fn pod(&self, id: &str) -> Result<Arc<PodView>> {
+        self.pod_handle(id).map(|handle| handle.view.borrow().clone())
+    }
+
+    fn pod_handle(&self, id: &str) -> Result<Handle> {
+        let index = self.inner.index.read().unwrap_or_else(PoisonError::into_inner);
+        let found = unambiguous(index.pods.keys(), id)
+            .and_then(|full| index.pods.get(full))
+            .cloned();
+        found.ok_or_else(|| Error::NotFound {
+            what: "pod sandbox",
+            id: id.to_owned(),
+        })
+    }
+
+    /// A container by id or by an unambiguous beginning of it, with its pod.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`].
+    pub fn container(&self, id: &str) -> Result<(Arc<PodView>, Arc<ContainerRecord>)> {
+        self.container_handle(id)
+            .map(|(_, view, container)| (view, container))
+    }
+
+    fn container_handle(&self, id: &str) -> Result<(Handle, Arc<PodView>, Arc<ContainerRecord>)> {
+        let index = self.inner.index.read().unwrap_or_else(PoisonError::into_inner);
+        let mut found = None;
+        for handle in index.pods.values() {
+            let view = handle.view.borrow().clone();
+            if let Some(full) = unambiguous(view.containers.keys(), id)
+                && let Some(container) = view.containers.get(full).cloned()
+                && container.state != ContainerState::Creating
+            {
+                let exact = container.id.as_str() == id;
+                if found.is_some() && !exact {
+                    return Err(Error::NotFound {
+                        what: "container",
+                        id: id.to_owned(),
+                    });
+                }
+                found = Some((handle.clone(), view, container));
+                if exact {
+                    break;
+                }
+            }
+        }
+        found.ok_or_else(|| Error::NotFound {
+            what: "container",
+            id: id.to_owned(),
+        })
+    }
+
+    /// RunPodSandbox. A repeated request joins the attempt in flight.
+    ///
+    /// # Errors
+    /// As the steps give them, with what could not be undone.
+    pub async fn run_sandbox(&self, config: PodSandboxConfig, handler: &str) -> Result<Id> {
+        let plan = run_sandbox::plan(self.node(), config, handler).await?;
+        let key = plan.key();
+        loop {
+            let (reply, answer) = oneshot::channel();
+            let joined = self.index(
+                |index| match index.names.get(&key).and_then(|id| index.pods.get(id)) {
+                    Some(existing) => Some((existing.clone(), reply)),
+                    None => {
+                        let id = plan.id.clone();
+                        let handle = Owner::create(self.node().clone(), self.clone(), plan.clone(), reply);
+                        index.names.insert(key.clone(), id.clone());
+                        index.pods.insert(id, handle);
+                        None
+                    }
+                },
+            );
+            if let Some((existing, reply)) = joined {
+                // An owner that has just gone has forgotten its name: then this attempt is the first.
+                let _ = existing.inbox.send(Message::Call(Call::Join(reply)));
+            }
+            match answer.await {
+                Ok(result) => return result.map_err(Error::from),
+                Err(_) => tokio::task::yield_now().await,
+            }
+        }
+    }
+
+    /// StopPodSandbox. An unknown pod is stopped.
+    ///
+    /// # Errors
+    /// As the steps give them; what could be stopped is.
+    pub async fn stop_sandbox(&self, id: &str) -> Result<()> {
+        match self.pod_handle(id) {
+            Ok(handle) => teardown_call(&handle, Call::StopPod).await,
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// RemovePodSandbox. An unknown pod is removed.
+    ///
+    /// # Errors
+    /// As the steps give them; what could be removed is.
+    pub async fn remove_sandbox(&self, id: &str) -> Result<()> {
+        match self.pod_handle(id) {
+            Ok(handle) => teardown_call(&handle, Call::RemovePod).await,
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// CreateContainer. A repeated request joins the attempt in flight.
+    ///
+    /// # Errors
+    /// As the steps give them, with what could not be undone.
+    pub async fn create_container(&self, pod: &str, config: ContainerConfig) -> Result<Id> {
+        let handle = self.pod_handle(pod)?;
+        let view = handle.view.borrow().clone();
+        admit(view.pod.state, None, Request::CreateContainer).map_err(|denial| Error::Denied {
+            what: "pod sandbox",
+            id: pod.to_owned(),
+            denial,
+        })?;
+        let plan = create_container::plan(self.node(), &view, config).await?;
+        let (reply, answer) = oneshot::channel();
+        let _ = handle
+            .inbox
+            .send(Message::Call(Call::CreateContainer(Box::new(plan), reply)));
+        match answer.await {
+            Ok(result) => result.map_err(Error::from),
+            Err(_) => Err(Error::NotFound {
+                what: "pod sandbox",
+                id: pod.to_owned(),
+            }),
+        }
+    }
+
+    /// StartContainer.
+    ///
+    /// # Errors
+    /// [`Error::Denied`] in another state than created; the runtime's error.
+    pub async fn start_container(&self, id: &str) -> Result<()> {
+        let (handle, _, container) = self.container_handle(id)?;
+        container_call(&handle, id, |reply| {
+            Call::StartContainer(container.id.clone(), reply)
+        })
+        .await
+    }
+
+    /// StopContainer with this grace. An unknown container, and one that has ended, is stopped.
+    ///
+    /// # Errors
+    /// The shim's.
+    pub async fn stop_container(&self, id: &str, grace: Duration) -> Result<()> {
+        match self.container_handle(id) {
+            Ok((handle, _, container)) => {
+                teardown_call(&handle, |reply| {
+                    Call::StopContainer(container.id.clone(), grace, reply)
+                })
+                .await
+            }
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// RemoveContainer; one that runs is killed. An unknown container is removed.
+    ///
+    /// # Errors
+    /// The shim's, the file system's.
+    pub async fn remove_container(&self, id: &str) -> Result<()> {
+        match self.container_handle(id) {
+            Ok((handle, _, container)) => {
+                teardown_call(&handle, |reply| {
+                    Call::RemoveContainer(container.id.clone(), reply)
+                })
+                .await
+            }
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// UpdateContainerResources.
+    ///
+    /// # Errors
+    /// [`Error::Denied`] for a container that has ended; limits out of range; the runtime's error.
+    pub async fn update_container(&self, id: &str, wanted: LinuxContainerResources) -> Result<()> {
+        let (handle, _, container) = self.container_handle(id)?;
+        container_call(&handle, id, |reply| {
+            Call::UpdateContainer(container.id.clone(), Box::new(wanted), reply)
+        })
+        .await
+    }
+
+    /// ExecSync; `timeout` zero: no limit.
+    ///
+    /// # Errors
+    /// [`Error::DeadlineExceeded`] when the limit passed; [`Error::Denied`] where the container does not run.
+    pub async fn exec_sync(&self, id: &str, command: &[String], timeout: Duration) -> Result<ExecOutput> {
+        let (shim, view, container) = self.running(id)?;
+        exec_sync::run(self.node(), &shim, &view, &container, command, timeout).await
+    }
+
+    /// ReopenContainerLog.
+    ///
+    /// # Errors
+    /// [`Error::Denied`] where the container does not run.
+    pub async fn reopen_log(&self, id: &str) -> Result<()> {
+        let (shim, _, container) = self.running(id)?;
+        Ok(shim.reopen_log(container.id.as_str()).await?)
+    }
+
+    /// A running container with its shim.
+    fn running(&self, id: &str) -> Result<(Shim, Arc<PodView>, Arc<ContainerRecord>)> {
+        let (view, container) = self.container(id)?;
+        admit(view.pod.state, Some(container.state), Request::UseContainer).map_err(|denial| {
+            Error::Denied {
+                what: "container",
+                id: id.to_owned(),
+                denial,
+            }
+        })?;
+        let shim = view.shim.clone();
+        let shim = shim.ok_or_else(|| Error::Unavailable(format!("the shim of container {id} is gone")))?;
+        Ok((shim, view, container))
+    }
+
+    /// Registers a pod found at the daemon's start.
+    fn register(&self, key: PodKey, id: Id, handle: Handle) {
+        self.index(|index| {
+            index.names.insert(key, id.clone());
+            index.pods.insert(id, handle);
+        });
+    }
+
+    /// Frees the name of a pod that is gone.
+    fn forget(&self, id: &Id) {
+        self.index(|index| {
+            index.pods.remove(id);
+            index.names.retain(|_, named| named != id);
+        });
+    }
+}
+
+/// A teardown of what is gone already has succeeded.
+async fn teardown_call(handle: &Handle, call: impl FnOnce(Reply<()>) -> Call) -> Result<()> {
+    let (reply, answer) = oneshot::channel();
+    let _ = handle.inbox.send(Message::Call(call(reply)));
+    match answer.await {
+        Ok(Err(error))
+            if matches!(
+                *error,
+                Error::Denied {
+                    denial: state::Denial::NoContainer,
+                    ..
+                }
+            ) =>
+        {
+            Ok(())
+        }
+        Ok(result) => result.map_err(Error::from),
+        Err(_) => Ok(()),
+    }
+}
+
+async fn container_call(handle: &Handle, id: &str, call: impl FnOnce(Reply<()>) -> Call) -> Result<()> {
+    let (reply, answer) = oneshot::channel();
+    let _ = handle.inbox.send(Message::Call(call(reply)));
+    match answer.await {
+        Ok(result) => result.map_err(Error::from),
+        Err(_) => Err(Error::NotFound {
+            what: "container",
+            id: id.to_owned(),
+        }),
+    }
+}
+
+/// The id that `text` is, or the only one that begins with it.
+fn unambiguous<'a>(ids: impl Iterator<Item = &'a Id>, text: &str) -> Option<&'a Id> {
+    if text.is_empty() {
+        return None;
+    }
+    let mut found = None;
+    for id in ids.filter(|id| id.as_str().starts_with(text)) {
+        if id.as_str() == text {
+            return Some(id);
+        }
+        if found.replace(id).is_some() {
+            return None;
+        }
+    }
+    found
+}
+
+/// How an image can be pulled again: by repository digest where it came from a registry, else by its id.
+#[must_use]
+pub fn image_ref(image: &Image) -> String {
+    image.repo_digests.first().unwrap_or(&image.id).clone()
+}
+
+/// Namespaces or VM, from what the shim was told.
+#[must_use]
+pub fn handler_kind(pod: &PodRecord) -> HandlerType {
+    match pod.spec.runtime {
+        RuntimeSpec::Oci { .. } => HandlerType::Oci,
+        RuntimeSpec::Vm(_) => HandlerType::Vm,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_found_by_an_unambiguous_beginning() {
+        let ids: Vec<Id> = ["abc1", "abd2", "ab"]
+            .iter()
+            .map(|id| Id::parse(id).unwrap())
+            .collect();
+        let find = |text: &str| unambiguous(ids.iter(), text).map(Id::as_str);
+        assert_eq!(find("abc"), Some("abc1"));
+        assert_eq!(find("ab"), Some("ab"));
+        assert_eq!(find("a"), None);
+        assert_eq!(find(""), None);
+        assert_eq!(find("x"), None);
+    }
+}

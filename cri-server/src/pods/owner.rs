@@ -1,0 +1,934 @@
+//! The task that owns one pod: the only one that changes the states of the pod and its containers. It admits
+//! requests (state.rs), begins their work beside itself and gets the completion as a message, so it never
+//! waits and a stop overtakes a start that hangs. Every change goes to the store, in order, and to the
+//! snapshot that readers see.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use catamaran_sandbox::id::Id;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::create_container::Plan;
+use super::record::{ContainerKey, ContainerRecord, Exit, PodRecord, PodView};
+use super::run_sandbox::{Failed, Started};
+use super::state::{Admission, ContainerState, PodState, Request, admit, after_exit};
+use super::{
+    Pods, create_container, remove_container, remove_sandbox, run_sandbox, start_container, stop_container,
+    stop_sandbox, update_container, watch as watcher,
+};
+use crate::cri::api::{ContainerEventType, LinuxContainerResources};
+use crate::cri::convert::event;
+use crate::error::{Error, Result, chain};
+use crate::node::{Node, now_ns};
+use crate::shim::Shim;
+use crate::store::{Table, Written};
+
+/// Where a request's result goes; several callers may share one.
+pub(super) type Reply<T> = oneshot::Sender<Result<T, Arc<Error>>>;
+
+/// What the owner is told.
+pub(super) enum Message {
+    /// A caller asks.
+    Call(Call),
+    /// Work that the owner began has ended.
+    Done(Done),
+    /// A container's first process has ended.
+    Exited { container: Id, exit: Exit },
+    /// The sandbox has ended without being asked to.
+    SandboxEnded { problem: String, shim_died: bool },
+}
+
+/// What callers ask.
+pub(super) enum Call {
+    /// A repeated RunPodSandbox of the same name.
+    Join(Reply<Id>),
+    StopPod(Reply<()>),
+    RemovePod(Reply<()>),
+    CreateContainer(Box<Plan>, Reply<Id>),
+    StartContainer(Id, Reply<()>),
+    StopContainer(Id, Duration, Reply<()>),
+    RemoveContainer(Id, Reply<()>),
+    UpdateContainer(Id, Box<LinuxContainerResources>, Reply<()>),
+}
+
+/// Work that has ended.
+pub(super) enum Done {
+    Created(Box<Result<Started, Failed>>),
+    Stopped(Result<()>),
+    Removed(Result<()>),
+    ContainerCreated(Id, Result<(), Failed>),
+    ContainerStarted(Id, Result<u32>),
+    ContainerStopped(Id, Result<()>),
+    ContainerRemoved(Id, Result<()>),
+    ContainerUpdated(Id, Result<LinuxContainerResources>, Reply<()>),
+}
+
+/// A creation at work, with those who wait for it.
+struct Creation<T> {
+    cancel: CancellationToken,
+    waiting: Vec<Reply<T>>,
+}
+
+/// A stop at work.
+struct Stopping {
+    deadline: watch::Sender<Instant>,
+    waiting: Vec<Reply<()>>,
+}
+
+/// What is at work.
+#[derive(Default)]
+struct AtWork {
+    creation: Option<Creation<Id>>,
+    stop: Option<Vec<Reply<()>>>,
+    removal: Option<Vec<Reply<()>>>,
+    /// Removals that wait until nothing else is at work.
+    removal_wanted: Vec<Reply<()>>,
+    creating: HashMap<Id, Creation<Id>>,
+    starting: HashMap<Id, Vec<Reply<()>>>,
+    stopping: HashMap<Id, Stopping>,
+    removing: HashMap<Id, Vec<Reply<()>>>,
+}
+
+/// See the module.
+pub(super) struct Owner {
+    node: Arc<Node>,
+    pods: Pods,
+    pod: Arc<PodRecord>,
+    containers: BTreeMap<Id, Arc<ContainerRecord>>,
+    shim: Option<Shim>,
+    view: watch::Sender<Arc<PodView>>,
+    me: mpsc::WeakUnboundedSender<Message>,
+    at_work: AtWork,
+    /// Created, and those who asked had gone: the next who asks the same is given it.
+    unclaimed: Vec<Id>,
+}
+
+/// What others hold of an owner.
+#[derive(Debug, Clone)]
+pub(super) struct Handle {
+    pub(super) inbox: mpsc::UnboundedSender<Message>,
+    pub(super) view: watch::Receiver<Arc<PodView>>,
+}
+
+impl Owner {
+    /// Starts the task of a pod that is being created.
+    pub(super) fn create(node: Arc<Node>, pods: Pods, pod: PodRecord, reply: Reply<Id>) -> Handle {
+        let announced = node.store.put(Table::Pods, pod.id.as_str(), &pod);
+        let (mut owner, handle, inbox) = Self::new(node, pods, pod, BTreeMap::new(), None);
+        let cancel = CancellationToken::new();
+        owner.at_work.creation = Some(Creation {
+            cancel: cancel.clone(),
+            waiting: vec![reply],
+        });
+        let (node, pod) = (owner.node.clone(), owner.pod.clone());
+        owner.begin(
+            async move { Done::Created(Box::new(run_sandbox::run(node, pod, announced, cancel).await)) },
+        );
+        tokio::spawn(owner.run(inbox));
+        handle
+    }
+
+    /// Starts the task of a pod that was found at the daemon's start.
+    pub(super) fn adopt(
+        node: Arc<Node>,
+        pods: Pods,
+        pod: PodRecord,
+        containers: BTreeMap<Id, Arc<ContainerRecord>>,
+        shim: Option<Shim>,
+    ) -> Handle {
+        let (owner, handle, inbox) = Self::new(node, pods, pod, containers, shim);
+        owner.watch_sandbox();
+        for (id, container) in &owner.containers {
+            if container.exit.is_none() {
+                owner.watch_container(id);
+            }
+        }
+        tokio::spawn(owner.run(inbox));
+        handle
+    }
+
+    fn new(
+        node: Arc<Node>,
+        pods: Pods,
+        pod: PodRecord,
+        containers: BTreeMap<Id, Arc<ContainerRecord>>,
+        shim: Option<Shim>,
+    ) -> (Self, Handle, mpsc::UnboundedReceiver<Message>) {
+        let (sender, inbox) = mpsc::unbounded_channel();
+        let pod = Arc::new(pod);
+        let first = PodView {
+            pod: pod.clone(),
+            containers: containers.clone(),
+            shim: shim.clone(),
+        };
+        let (view, seen) = watch::channel(Arc::new(first));
+        let me = sender.downgrade();
+        let handle = Handle {
+            inbox: sender,
+            view: seen,
+        };
+        let at_work = AtWork::default();
+        (
+            Self {
+                node,
+                pods,
+                pod,
+                containers,
+                shim,
+                view,
+                me,
+                at_work,
+                unclaimed: Vec::new(),
+            },
+            handle,
+            inbox,
+        )
+    }
+
+    async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Message>) {
+        while let Some(message) = inbox.recv().await {
+            match message {
+                Message::Call(call) => self.call(call),
+                Message::Done(Done::Removed(Ok(()))) => {
+                    self.gone().await;
+                    return;
+                }
+                Message::Done(Done::Created(result)) => {
+                    if let Some((waiting, error)) = self.created(*result) {
+                        self.forget(waiting, error).await;
+                        return;
+                    }
+                }
+                Message::Done(done) => self.done(done),
+                Message::Exited { container, exit } => self.exited(&container, exit),
+                Message::SandboxEnded { problem, shim_died } => self.sandbox_ended(problem, shim_died),
+            }
+        }
+    }
+
+    fn begin(&self, work: impl Future<Output = Done> + Send + 'static) {
+        let me = self.me.upgrade();
+        tokio::spawn(async move {
+            let done = work.await;
+            if let Some(me) = me {
+                let _ = me.send(Message::Done(done));
+            }
+        });
+    }
+
+    // --- requests ---
+
+    fn call(&mut self, call: Call) {
+        match call {
+            Call::Join(reply) => self.join(reply),
+            Call::StopPod(reply) => self.stop_pod(reply),
+            Call::RemovePod(reply) => self.remove_pod(reply),
+            Call::CreateContainer(plan, reply) => self.create_container(*plan, reply),
+            Call::StartContainer(id, reply) => self.start_container(id, reply),
+            Call::StopContainer(id, grace, reply) => self.stop_container(id, grace, reply),
+            Call::RemoveContainer(id, reply) => self.remove_container(id, reply),
+            Call::UpdateContainer(id, wanted, reply) => self.update_container(&id, *wanted, reply),
+        }
+    }
+
+    fn admit(&self, container: Option<&Id>, request: Request) -> Result<Admission, Arc<Error>> {
+        let state = container
+            .and_then(|id| self.containers.get(id))
+            .map(|container| container.state);
+        admit(self.pod.state, state, request).map_err(|denial| {
+            let (what, id) = match (container, denial) {
+                (Some(id), super::state::Denial::ContainerState(_) | super::state::Denial::NotRunning(_)) => {
+                    ("container", id)
+                }
+                (Some(id), super::state::Denial::NoContainer) => ("container", id),
+                _ => ("pod sandbox", &self.pod.id),
+            };
+            Arc::new(Error::Denied {
+                what,
+                id: id.to_string(),
+                denial,
+            })
+        })
+    }
+
+    fn join(&mut self, reply: Reply<Id>) {
+        if let Some(creation) = &mut self.at_work.creation {
+            creation.waiting.push(reply);
+            return;
+        }
+        let id = self.pod.id.clone();
+        if let Some(at) = self.unclaimed.iter().position(|unclaimed| *unclaimed == id) {
+            self.unclaimed.swap_remove(at);
+            answer(vec![reply], &Ok(id));
+            return;
+        }
+        let name = self.pod.key().to_string();
+        let error = Error::AlreadyExists {
+            what: "pod sandbox",
+            name,
+            id: id.to_string(),
+        };
+        answer(vec![reply], &Err(Arc::new(error)));
+    }
+
+    fn stop_pod(&mut self, reply: Reply<()>) {
+        match self.admit(None, Request::StopPod) {
+            Ok(Admission::Begin) => match &self.at_work.creation {
+                Some(creation) => {
+                    creation.cancel.cancel();
+                    // Answered when the creation has been undone, or its result stopped.
+                    self.at_work.stop.get_or_insert_default().push(reply);
+                }
+                None => self.begin_stop(vec![reply]),
+            },
+            Ok(Admission::Join) => self.at_work.stop.get_or_insert_default().push(reply),
+            Ok(Admission::Done) => answer(vec![reply], &Ok(())),
+            Err(error) => answer(vec![reply], &Err(error)),
+        }
+    }
+
+    fn begin_stop(&mut self, replies: Vec<Reply<()>>) {
+        self.at_work.stop.get_or_insert_default().extend(replies);
+        for creation in self.at_work.creating.values() {
+            creation.cancel.cancel();
+        }
+        let announced = self.change_pod(|pod| pod.state = PodState::Stopping);
+        let (node, shim, view) = (self.node.clone(), self.shim.clone(), self.view.subscribe());
+        self.begin(async move { Done::Stopped(stop_sandbox::run(node, shim, view, announced).await) });
+    }
+
+    fn remove_pod(&mut self, reply: Reply<()>) {
+        match self.admit(None, Request::RemovePod) {
+            Ok(Admission::Begin) => {
+                if let Some(creation) = &self.at_work.creation {
+                    creation.cancel.cancel();
+                }
+                self.at_work.removal_wanted.push(reply);
+                self.begin_wanted_removal();
+            }
+            Ok(Admission::Join) => self.at_work.removal.get_or_insert_default().push(reply),
+            Ok(Admission::Done) => answer(vec![reply], &Ok(())),
+            Err(error) => answer(vec![reply], &Err(error)),
+        }
+    }
+
+    /// Begins the removal that was asked for once neither a stop nor a container's creation is at work.
+    fn begin_wanted_removal(&mut self) {
+        let busy = self.at_work.creation.is_some()
+            || self.at_work.stop.is_some()
+            || self.at_work.removal.is_some()
+            || !self.at_work.creating.is_empty()
+            || !self.at_work.removing.is_empty();
+        if self.at_work.removal_wanted.is_empty() {
+            return;
+        }
+        if busy {
+            for creation in self.at_work.creating.values() {
+                creation.cancel.cancel();
+            }
+            return;
+        }
+        self.at_work.removal = Some(std::mem::take(&mut self.at_work.removal_wanted));
+        let was = self.pod.state;
+        let announced = self.change_pod(|pod| pod.state = PodState::Removing);
+        let (node, shim, view) = (self.node.clone(), self.shim.clone(), self.view.subscribe());
+        self.begin(async move { Done::Removed(remove_sandbox::run(node, was, shim, view, announced).await) });
+    }
+
+    fn create_container(&mut self, plan: Plan, reply: Reply<Id>) {
+        let key = plan.record.key();
+        if let Some(existing) = self.container_named(&key) {
+            if let Some(creation) = self.at_work.creating.get_mut(&existing) {
+                creation.waiting.push(reply);
+            } else if let Some(at) = self.unclaimed.iter().position(|id| *id == existing) {
+                self.unclaimed.swap_remove(at);
+                answer(vec![reply], &Ok(existing));
+            } else {
+                let error = Error::AlreadyExists {
+                    what: "container",
+                    name: key.to_string(),
+                    id: existing.to_string(),
+                };
+                answer(vec![reply], &Err(Arc::new(error)));
+            }
+            return;
+        }
+        let shim = match (self.admit(None, Request::CreateContainer), &self.shim) {
+            (Ok(_), Some(shim)) => shim.clone(),
+            (Ok(_), None) => return answer(vec![reply], &Err(Arc::new(no_shim(&self.pod.id)))),
+            (Err(error), _) => return answer(vec![reply], &Err(error)),
+        };
+        let id = plan.record.id.clone();
+        let cancel = CancellationToken::new();
+        self.containers.insert(id.clone(), Arc::new(plan.record.clone()));
+        let announced = self.publish_container(&id);
+        let creation = Creation {
+            cancel: cancel.clone(),
+            waiting: vec![reply],
+        };
+        self.at_work.creating.insert(id.clone(), creation);
+        let node = self.node.clone();
+        self.begin(async move {
+            Done::ContainerCreated(
+                id,
+                create_container::run(node, shim, plan, announced, cancel).await,
+            )
+        });
+    }
+
+    fn container_named(&self, key: &ContainerKey) -> Option<Id> {
+        self.containers
+            .values()
+            .find(|container| container.key() == *key)
+            .map(|container| container.id.clone())
+    }
+
+    fn start_container(&mut self, id: Id, reply: Reply<()>) {
+        match self.admit(Some(&id), Request::StartContainer) {
+            Ok(Admission::Begin) => {
+                let Some(shim) = self.shim.clone() else {
+                    return answer(vec![reply], &Err(Arc::new(no_shim(&self.pod.id))));
+                };
+                let announced = self.change_container(&id, |c| c.state = ContainerState::Starting);
+                self.at_work.starting.insert(id.clone(), vec![reply]);
+                self.begin(async move {
+                    let started = start_container::run(shim, id.to_string(), announced).await;
+                    Done::ContainerStarted(id, started)
+                });
+            }
+            Ok(Admission::Join) => self.at_work.starting.entry(id).or_default().push(reply),
+            Ok(Admission::Done) => answer(vec![reply], &Ok(())),
+            Err(error) => answer(vec![reply], &Err(error)),
+        }
+    }
+
+    fn stop_container(&mut self, id: Id, grace: Duration, reply: Reply<()>) {
+        let deadline = Instant::now() + grace.min(Duration::from_secs(u32::MAX.into()));
+        match self.admit(Some(&id), Request::StopContainer) {
+            Ok(Admission::Begin) => {
+                let Some(shim) = self.shim.clone() else {
+                    self.exited(&id, Exit::unknown("its shim is gone", now_ns()));
+                    return answer(vec![reply], &Ok(()));
+                };
+                let signal = self
+                    .containers
+                    .get(&id)
+                    .map_or(15, |container| container.stop_signal);
+                let announced = self.change_container(&id, |c| c.state = ContainerState::Stopping);
+                let (sender, receiver) = watch::channel(deadline);
+                self.at_work.stopping.insert(
+                    id.clone(),
+                    Stopping {
+                        deadline: sender,
+                        waiting: vec![reply],
+                    },
+                );
+                let view = self.view.subscribe();
+                self.begin(async move {
+                    let stop = stop_container::Stop {
+                        shim,
+                        container: id.clone(),
+                        signal,
+                        view,
+                        deadline: receiver,
+                    };
+                    Done::ContainerStopped(id, stop_container::run(stop, announced).await)
+                });
+            }
+            Ok(Admission::Join) => match self.at_work.stopping.get_mut(&id) {
+                Some(stopping) => {
+                    stopping.deadline.send_if_modified(|until| {
+                        let sooner = deadline < *until;
+                        *until = deadline.min(*until);
+                        sooner
+                    });
+                    stopping.waiting.push(reply);
+                }
+                // The state says so, yet nobody is at it (a stop that failed): it begins again.
+                None => {
+                    self.change_container(&id, |c| c.state = ContainerState::Running)
+                        .queued();
+                    self.stop_container(id, grace, reply);
+                }
+            },
+            Ok(Admission::Done) => answer(vec![reply], &Ok(())),
+            Err(error) => answer(vec![reply], &Err(error)),
+        }
+    }
+
+    fn remove_container(&mut self, id: Id, reply: Reply<()>) {
+        match self.admit(Some(&id), Request::RemoveContainer) {
+            Ok(Admission::Begin) => self.begin_container_removal(id, vec![reply]),
+            Ok(Admission::Join) => match self.at_work.removing.get_mut(&id) {
+                Some(waiting) => waiting.push(reply),
+                None => self.begin_container_removal(id, vec![reply]),
+            },
+            Ok(Admission::Done) => answer(vec![reply], &Ok(())),
+            Err(error) => answer(vec![reply], &Err(error)),
+        }
+    }
+
+    fn begin_container_removal(&mut self, id: Id, replies: Vec<Reply<()>>) {
+        let announced = self.change_container(&id, |c| c.state = ContainerState::Removing);
+        let Some(container) = self.containers.get(&id).cloned() else {
+            return answer(replies, &Ok(()));
+        };
+        self.at_work.removing.insert(id.clone(), replies);
+        let (node, shim, view) = (self.node.clone(), self.shim.clone(), self.view.subscribe());
+        self.begin(async move {
+            Done::ContainerRemoved(
+                id,
+                remove_container::run(node, shim, container, view, announced).await,
+            )
+        });
+    }
+
+    fn update_container(&mut self, id: &Id, wanted: LinuxContainerResources, reply: Reply<()>) {
+        let (container, shim) = match (self.admit(Some(id), Request::UpdateContainer), &self.shim) {
+            (Ok(_), Some(shim)) => match self.containers.get(id) {
+                Some(container) => (container.clone(), shim.clone()),
+                None => return answer(vec![reply], &Ok(())),
+            },
+            (Ok(_), None) => return answer(vec![reply], &Err(Arc::new(no_shim(&self.pod.id)))),
+            (Err(error), _) => return answer(vec![reply], &Err(error)),
+        };
+        let (node, id) = (self.node.clone(), id.clone());
+        let kind = super::handler_kind(&self.pod);
+        self.begin(async move {
+            let result = update_container::run(node, shim, kind, container, wanted).await;
+            Done::ContainerUpdated(id, result, reply)
+        });
+    }
+
+    // --- completions ---
+
+    /// Returns those who wait, with the error, when the creation failed and nothing of the pod is left.
+    fn created(&mut self, result: Result<Started, Failed>) -> Option<(Vec<Reply<Id>>, Arc<Error>)> {
+        let waiting = self
+            .at_work
+            .creation
+            .take()
+            .map(|creation| creation.waiting)
+            .unwrap_or_default();
+        match result {
+            Ok(Started { shim, ips, info }) => {
+                self.shim = Some(shim);
+                let id = self.pod.id.clone();
+                let written = self.change_pod(|pod| {
+                    pod.state = PodState::Ready;
+                    pod.ips = ips;
+                    pod.info = info;
+                });
+                self.watch_sandbox();
+                if waiting.iter().all(|reply| reply.is_closed()) {
+                    self.unclaimed.push(id.clone());
+                }
+                answer_when(written, waiting, id);
+                for kind in [
+                    ContainerEventType::ContainerCreatedEvent,
+                    ContainerEventType::ContainerStartedEvent,
+                ] {
+                    self.send_event(&self.pod.id, kind);
+                }
+                if let Some(stops) = self.at_work.stop.take() {
+                    self.begin_stop(stops);
+                }
+                self.begin_wanted_removal();
+                None
+            }
+            Err(Failed { error, left }) if left.is_empty() => Some((waiting, Arc::new(error))),
+            Err(Failed { error, left }) => {
+                let error = Arc::new(Error::UndoIncomplete {
+                    error: Box::new(error),
+                    failures: left,
+                });
+                let problem = chain(&error);
+                self.change_pod(|pod| {
+                    pod.state = PodState::Broken;
+                    pod.problem = Some(problem);
+                })
+                .queued();
+                answer(waiting, &Err(error));
+                if let Some(stops) = self.at_work.stop.take() {
+                    self.begin_stop(stops);
+                }
+                self.begin_wanted_removal();
+                None
+            }
+        }
+    }
+
+    fn done(&mut self, done: Done) {
+        match done {
+            // Handled by the loop, as they may end it.
+            Done::Created(_) | Done::Removed(Ok(())) => {}
+            Done::Stopped(result) => self.stopped(result),
+            Done::Removed(Err(error)) => {
+                let error = Arc::new(error);
+                self.broken(chain(&error));
+                answer(self.at_work.removal.take().unwrap_or_default(), &Err(error));
+            }
+            Done::ContainerCreated(id, result) => self.container_created(&id, result),
+            Done::ContainerStarted(id, result) => self.container_started(&id, result),
+            Done::ContainerStopped(id, result) => {
+                let waiting = self
+                    .at_work
+                    .stopping
+                    .remove(&id)
+                    .map(|s| s.waiting)
+                    .unwrap_or_default();
+                if result.is_err()
+                    && self
+                        .containers
+                        .get(&id)
+                        .is_some_and(|c| c.state == ContainerState::Stopping)
+                {
+                    // It still runs, so it can be stopped again.
+                    self.change_container(&id, |c| c.state = ContainerState::Running)
+                        .queued();
+                }
+                answer(waiting, &result.map_err(Arc::new));
+            }
+            Done::ContainerRemoved(id, result) => self.container_removed(&id, result),
+            Done::ContainerUpdated(id, result, reply) => match result {
+                Ok(resources) => {
+                    let written = self.change_container(&id, |c| c.resources = resources);
+                    answer_when(written, vec![reply], ());
+                }
+                Err(error) => answer(vec![reply], &Err(Arc::new(error))),
+            },
+        }
+        self.begin_wanted_removal();
+    }
+
+    fn stopped(&mut self, result: Result<()>) {
+        let waiting = self.at_work.stop.take().unwrap_or_default();
+        match result {
+            Ok(()) => {
+                self.shim = None;
+                self.settle_containers("the pod sandbox was stopped");
+                let written = self.change_pod(|pod| {
+                    pod.state = PodState::Stopped;
+                    pod.problem = None;
+                });
+                self.send_event(&self.pod.id, ContainerEventType::ContainerStoppedEvent);
+                answer_when(written, waiting, ());
+            }
+            Err(error) => {
+                let error = Arc::new(error);
+                self.broken(chain(&error));
+                answer(waiting, &Err(error));
+            }
+        }
+    }
+
+    fn broken(&mut self, problem: String) {
+        self.change_pod(|pod| {
+            pod.state = PodState::Broken;
+            pod.problem = Some(problem);
+        })
+        .queued();
+    }
+
+    /// Gives every container without a recorded end the one that the shim left, or none that is known.
+    fn settle_containers(&mut self, message: &str) {
+        let open: Vec<Id> = self
+            .containers
+            .iter()
+            .filter(|(_, c)| c.exit.is_none() && c.state != ContainerState::Creating)
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in open {
+            let bundle = self.node.dirs.container(&self.pod.id, &id);
+            let exit = watcher::recorded(&bundle).unwrap_or_else(|| Exit::unknown(message, now_ns()));
+            self.exited(&id, exit);
+        }
+    }
+
+    fn container_created(&mut self, id: &Id, result: Result<(), Failed>) {
+        let waiting = self
+            .at_work
+            .creating
+            .remove(id)
+            .map(|creation| creation.waiting)
+            .unwrap_or_default();
+        match result {
+            Ok(()) => {
+                let written = self.change_container(id, |c| {
+                    c.state = ContainerState::Created;
+                    c.created_at_ns = now_ns();
+                });
+                self.watch_container(id);
+                if waiting.iter().all(|reply| reply.is_closed()) {
+                    self.unclaimed.push(id.clone());
+                }
+                self.send_event(id, ContainerEventType::ContainerCreatedEvent);
+                answer_when(written, waiting, id.clone());
+            }
+            Err(Failed { error, left }) if left.is_empty() => {
+                self.containers.remove(id);
+                self.publish();
+                let removed = self.node.store.remove(Table::Containers, id.as_str());
+                let error = Arc::new(error);
+                tokio::spawn(async move {
+                    // The record would only be undone once more at the next start.
+                    let _ = removed.durable().await;
+                    answer(waiting, &Err(error));
+                });
+            }
+            Err(Failed { error, left }) => {
+                let error = Arc::new(Error::UndoIncomplete {
+                    error: Box::new(error),
+                    failures: left,
+                });
+                let exit = Exit::start_error(chain(&error), now_ns());
+                self.change_container(id, |c| {
+                    c.state = ContainerState::Exited;
+                    c.exit = Some(exit);
+                })
+                .queued();
+                answer(waiting, &Err(error));
+            }
+        }
+    }
+
+    fn container_started(&mut self, id: &Id, result: Result<u32>) {
+        let waiting = self.at_work.starting.remove(id).unwrap_or_default();
+        match result {
+            Ok(pid) => {
+                let now = now_ns();
+                let written = self.change_container(id, |c| {
+                    if c.state == ContainerState::Starting {
+                        c.state = ContainerState::Running;
+                    }
+                    // A process that has ended before this was known started before its end.
+                    c.started_at_ns = c.exit.as_ref().map_or(now, |exit| exit.at_ns.min(now));
+                    c.pid = pid;
+                });
+                self.send_event(id, ContainerEventType::ContainerStartedEvent);
+                answer_when(written, waiting, ());
+            }
+            Err(error) => {
+                let error = Arc::new(error);
+                let starting = self.containers.get(id).is_some_and(|c| {
+                    c.started_at_ns == 0
+                        && matches!(c.state, ContainerState::Starting | ContainerState::Exited)
+                });
+                if starting {
+                    let exit = Exit::start_error(chain(&error), now_ns());
+                    self.change_container(id, |c| {
+                        c.state = ContainerState::Exited;
+                        c.exit = Some(exit);
+                    })
+                    .queued();
+                    self.delete_task(id);
+                }
+                answer(waiting, &Err(error));
+            }
+        }
+    }
+
+    fn container_removed(&mut self, id: &Id, result: Result<()>) {
+        let waiting = self.at_work.removing.remove(id).unwrap_or_default();
+        match result {
+            Ok(()) => {
+                self.send_event(id, ContainerEventType::ContainerDeletedEvent);
+                self.containers.remove(id);
+                self.unclaimed.retain(|unclaimed| unclaimed != id);
+                self.publish();
+                answer_when(
+                    self.node.store.remove(Table::Containers, id.as_str()),
+                    waiting,
+                    (),
+                );
+            }
+            // The intent stays: the next removal, or the next start, goes on with it.
+            Err(error) => answer(waiting, &Err(Arc::new(error))),
+        }
+    }
+
+    // --- what happens by itself ---
+
+    fn exited(&mut self, id: &Id, exit: Exit) {
+        let Some(container) = self.containers.get(id) else {
+            return;
+        };
+        if container.exit.is_some() {
+            return;
+        }
+        tracing::info!(container = %id, code = exit.code, reason = exit.reason, "ended");
+        let state = after_exit(container.state, exit.is_known());
+        self.change_container(id, |c| {
+            c.state = state;
+            c.exit = Some(exit);
+            c.pid = 0;
+        })
+        .queued();
+        self.send_event(id, ContainerEventType::ContainerStoppedEvent);
+        if state != ContainerState::Removing {
+            self.delete_task(id);
+        }
+    }
+
+    /// The runtime's state and the rootfs mount of an ended container are of no more use.
+    fn delete_task(&self, id: &Id) {
+        if let (Some(shim), PodState::Ready) = (self.shim.clone(), self.pod.state) {
+            let id = id.to_string();
+            tokio::spawn(async move {
+                if let Err(error) = shim.delete(&id).await {
+                    tracing::debug!(container = id, %error, "its runtime state stays until its removal");
+                }
+            });
+        }
+    }
+
+    fn sandbox_ended(&mut self, problem: String, shim_died: bool) {
+        if self.pod.state != PodState::Ready {
+            return;
+        }
+        tracing::warn!(pod = %self.pod.id, problem, "a pod sandbox ended by itself");
+        self.broken(problem);
+        if shim_died {
+            self.shim = None;
+            self.settle_containers("its shim died");
+            self.clean_up_after_shim();
+        }
+        self.send_event(&self.pod.id, ContainerEventType::ContainerStoppedEvent);
+    }
+
+    /// Processes that outlived their shim would run unwatched.
+    fn clean_up_after_shim(&self) {
+        let (node, pod) = (self.node.clone(), self.pod.clone());
+        tokio::spawn(async move {
+            let cleaned = match super::teardown::launch(&node, &pod) {
+                Ok(launch) => launch.delete().await.map_err(Error::from),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = cleaned {
+                tracing::warn!(pod = %pod.id, error = %chain(&error), "cleaning up after a dead shim");
+            }
+        });
+    }
+
+    fn watch_sandbox(&self) {
+        if let Some(shim) = &self.shim {
+            watcher::sandbox(shim.clone(), self.me.clone());
+        }
+    }
+
+    fn watch_container(&self, id: &Id) {
+        if let Some(shim) = &self.shim {
+            watcher::container(
+                &self.node.dirs,
+                shim.clone(),
+                &self.pod.id,
+                id.clone(),
+                self.me.clone(),
+            );
+        }
+    }
+
+    // --- records ---
+
+    fn change_pod(&mut self, change: impl FnOnce(&mut PodRecord)) -> Written {
+        change(Arc::make_mut(&mut self.pod));
+        self.publish();
+        self.node.store.put(Table::Pods, self.pod.id.as_str(), &*self.pod)
+    }
+
+    fn change_container(&mut self, id: &Id, change: impl FnOnce(&mut ContainerRecord)) -> Written {
+        if let Some(container) = self.containers.get_mut(id) {
+            change(Arc::make_mut(container));
+        }
+        self.publish_container(id)
+    }
+
+    fn publish_container(&self, id: &Id) -> Written {
+        self.publish();
+        match self.containers.get(id) {
+            Some(container) => self.node.store.put(Table::Containers, id.as_str(), &**container),
+            None => Written::already(),
+        }
+    }
+
+    fn publish(&self) {
+        let view = PodView {
+            pod: self.pod.clone(),
+            containers: self.containers.clone(),
+            shim: self.shim.clone(),
+        };
+        self.view.send_replace(Arc::new(view));
+    }
+
+    fn send_event(&self, id: &Id, kind: ContainerEventType) {
+        let view = self.view.borrow().clone();
+        self.node.events.send(|| event(&view, id, kind));
+    }
+
+    /// A creation that was undone: the record goes, then the name, then those who wait are told. Whoever
+    /// asked for the pod's end has it.
+    async fn forget(mut self, waiting: Vec<Reply<Id>>, error: Arc<Error>) {
+        if let Err(error) = self
+            .node
+            .store
+            .remove(Table::Pods, self.pod.id.as_str())
+            .durable()
+            .await
+        {
+            // The record would only be undone once more at the next start.
+            tracing::warn!(pod = %self.pod.id, %error, "the record of an undone pod stays");
+        }
+        self.pods.forget(&self.pod.id);
+        answer(waiting, &Err(error));
+        answer(self.at_work.stop.take().unwrap_or_default(), &Ok(()));
+        answer(std::mem::take(&mut self.at_work.removal_wanted), &Ok(()));
+    }
+
+    /// A removal that is complete: the records go, then the names, then the answer.
+    async fn gone(mut self) {
+        let mut written: Vec<Written> = self
+            .containers
+            .keys()
+            .map(|id| self.node.store.remove(Table::Containers, id.as_str()))
+            .collect();
+        written.push(self.node.store.remove(Table::Pods, self.pod.id.as_str()));
+        let mut result: Result<(), Arc<Error>> = Ok(());
+        for write in written {
+            if let Err(error) = write.durable().await {
+                result = Err(Arc::new(error.into()));
+            }
+        }
+        self.send_event(&self.pod.id, ContainerEventType::ContainerDeletedEvent);
+        self.pods.forget(&self.pod.id);
+        let mut waiting = self.at_work.removal.take().unwrap_or_default();
+        waiting.append(&mut self.at_work.removal_wanted);
+        answer(waiting, &result);
+    }
+}
+
+fn no_shim(pod: &Id) -> Error {
+    Error::Unavailable(format!("the shim of pod sandbox {pod} is gone"))
+}
+
+/// Gives all the same result. A caller that has gone needs none.
+fn answer<T: Clone>(replies: Vec<Reply<T>>, result: &Result<T, Arc<Error>>) {
+    for reply in replies {
+        let _ = reply.send(result.clone());
+    }
+}
+
+/// As [`answer`], once the record is durable.
+fn answer_when<T: Clone + Send + 'static>(written: Written, replies: Vec<Reply<T>>, value: T) {
+    tokio::spawn(async move {
+        let result = written
+            .durable()
+            .await
+            .map(|()| value)
+            .map_err(|error| Arc::new(error.into()));
+        answer(replies, &result);
+    });
+}

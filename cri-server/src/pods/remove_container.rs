@@ -1,0 +1,44 @@
+//! RemoveContainer: a container that still runs is killed first; then runtime state, bundle, snapshot.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::record::{ContainerRecord, PodView};
+use super::{stop_container, teardown};
+use crate::error::Result;
+use crate::node::Node;
+use crate::shim::Shim;
+use crate::store::Written;
+
+/// Removes everything of the container but its record and its log, which is the kubelet's.
+pub(super) async fn run(
+    node: Arc<Node>,
+    shim: Option<Shim>,
+    container: Arc<ContainerRecord>,
+    view: watch::Receiver<Arc<PodView>>,
+    announced: Written,
+) -> Result<()> {
+    announced.durable().await?;
+    if let Some(shim) = shim {
+        if container.exit.is_none() {
+            let (_keep, deadline) = watch::channel(Instant::now());
+            let stop = stop_container::Stop {
+                shim: shim.clone(),
+                container: container.id.clone(),
+                signal: container.stop_signal,
+                view,
+                deadline,
+            };
+            stop_container::run(stop, crate::store::Written::already()).await?;
+        }
+        match shim.delete(container.id.as_str()).await {
+            Err(error) if !error.is_gone() => return Err(error.into()),
+            _ => {}
+        }
+    }
+    teardown::remove_container_bundle(&node, &container.pod, &container.id).await?;
+    node.images.release(container.id.as_str()).await?;
+    Ok(())
+}

@@ -1,0 +1,302 @@
+//! RunPodSandbox: namespaces or VM by the shim, network by CNI, side by side.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use catamaran_sandbox::id::Id;
+use catamaran_sandbox::pod_spec::{
+    IdMapping, POD_SPEC_VERSION, PidNamespace, PodNamespaces, PodSpec, RuntimeSpec, UserNamespace,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::files::Files;
+use super::record::PodRecord;
+use super::state::PodState;
+use super::undo::{Undo, UndoFailure};
+use super::{network, teardown, vm};
+use crate::config::{CgroupDriver, HandlerType};
+use crate::cri::api::{NamespaceMode, NamespaceOption, PodSandboxConfig};
+use crate::error::{Error, Result, chain};
+use crate::node::{Node, now_ns};
+use crate::shim::Shim;
+use crate::store::Written;
+
+/// As the CRI's other implementations have it (Docker's default).
+const SHM_BYTES: u64 = 64 << 20;
+
+/// A sandbox that is ready.
+pub(super) struct Started {
+    pub(super) shim: Shim,
+    pub(super) ips: Vec<IpAddr>,
+    pub(super) info: BTreeMap<String, String>,
+}
+
+/// A sandbox that did not come to be.
+pub(super) struct Failed {
+    pub(super) error: Error,
+    /// What could not be undone; the record must then stay.
+    pub(super) left: Vec<UndoFailure>,
+}
+
+/// Checks a request and turns it into a record, before anything is done.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] and [`Error::Spec`] naming the field; [`Error::FailedPrecondition`] where the
+/// handler cannot be used.
+pub(super) async fn plan(node: &Node, config: PodSandboxConfig, handler: &str) -> Result<PodRecord> {
+    let handler = node.handlers.resolve(handler)?;
+    verify_metadata(&config)?;
+    catamaran_spec::validate_pod(&config, handler.side(), &handler.features().await)?;
+    network::port_mappings(&config)?;
+    network::bandwidth(&config)?;
+    handler.shim()?;
+    let id = Id::random().map_err(Error::io("read", "/dev/urandom"))?;
+    let runtime = match handler.kind {
+        HandlerType::Oci => handler.oci_spec()?,
+        HandlerType::Vm => vm::vm_spec(node, handler, &config).await?,
+    };
+    let given = config
+        .linux
+        .as_ref()
+        .map(|linux| linux.cgroup_parent.clone())
+        .unwrap_or_default();
+    let systemd = node.config.cgroup_driver == CgroupDriver::Systemd;
+    let owns_cgroup = given.is_empty() && !systemd;
+    let cgroup_parent = match (given.is_empty(), systemd) {
+        (false, _) => given,
+        (true, false) => format!("{}/{id}", node.config.cgroup_parent.trim_end_matches('/')),
+        // systemd makes and removes the scopes in it.
+        (true, true) => "system.slice".to_owned(),
+    };
+    let spec = pod_spec(node, &config, &id, &cgroup_parent, runtime)?;
+    Ok(PodRecord {
+        id,
+        state: PodState::Creating,
+        handler: handler.name.clone(),
+        created_at_ns: now_ns(),
+        config,
+        cgroup_parent,
+        owns_cgroup,
+        ips: Vec::new(),
+        info: BTreeMap::new(),
+        spec,
+        problem: None,
+    })
+}
+
+fn verify_metadata(config: &PodSandboxConfig) -> Result<()> {
+    let Some(metadata) = &config.metadata else {
+        return Err(Error::invalid("config.metadata", "is missing"));
+    };
+    for (field, value) in [
+        ("name", &metadata.name),
+        ("namespace", &metadata.namespace),
+        ("uid", &metadata.uid),
+    ] {
+        if value.is_empty() {
+            return Err(Error::invalid(format!("config.metadata.{field}"), "is empty"));
+        }
+    }
+    if !config.log_directory.is_empty() && !config.log_directory.starts_with('/') {
+        return Err(Error::invalid("config.log_directory", "is not an absolute path"));
+    }
+    if config.hostname.len() > 64 {
+        return Err(Error::invalid(
+            "config.hostname",
+            "is longer than the 64 bytes that Linux allows",
+        ));
+    }
+    if config.windows.is_some() {
+        return Err(Error::invalid("config.windows", "this is a Linux node"));
+    }
+    Ok(())
+}
+
+fn pod_spec(
+    node: &Node,
+    config: &PodSandboxConfig,
+    id: &Id,
+    cgroup_parent: &str,
+    runtime: RuntimeSpec,
+) -> Result<PodSpec> {
+    let metadata = config.metadata.clone().unwrap_or_default();
+    let security = config
+        .linux
+        .as_ref()
+        .and_then(|linux| linux.security_context.clone())
+        .unwrap_or_default();
+    let options = security.namespace_options.clone().unwrap_or_default();
+    let host_network = options.network() == NamespaceMode::Node;
+    let netns: Option<PathBuf> = (!host_network).then(|| node.dirs.netns().join(id.as_str()));
+    let pid = match options.pid() {
+        NamespaceMode::Pod => PidNamespace::Pod,
+        NamespaceMode::Node => PidNamespace::Host,
+        NamespaceMode::Container | NamespaceMode::Target => PidNamespace::Container,
+    };
+    let hostname = if host_network {
+        String::new()
+    } else {
+        config.hostname.clone()
+    };
+    Ok(PodSpec {
+        version: POD_SPEC_VERSION,
+        id: id.clone(),
+        namespace: metadata.namespace,
+        name: metadata.name,
+        uid: metadata.uid,
+        hostname,
+        annotations: config.annotations.clone().into_iter().collect(),
+        namespaces: PodNamespaces {
+            network: netns,
+            host_ipc: options.ipc() == NamespaceMode::Node,
+            pid,
+            user: user_namespace(&options),
+        },
+        sysctls: config
+            .linux
+            .as_ref()
+            .map(|linux| linux.sysctls.clone())
+            .unwrap_or_default()
+            .into_iter()
+            .collect(),
+        cgroup_parent: cgroup_parent.to_owned(),
+        systemd_cgroup: node.config.cgroup_driver == CgroupDriver::Systemd,
+        shm_bytes: SHM_BYTES,
+        privileged: security.privileged,
+        runtime,
+    })
+}
+
+fn user_namespace(options: &NamespaceOption) -> Option<UserNamespace> {
+    let user = options
+        .userns_options
+        .as_ref()
+        .filter(|user| user.mode() == NamespaceMode::Pod)?;
+    let map = |mappings: &[crate::cri::api::IdMapping]| {
+        let convert = |m: &crate::cri::api::IdMapping| IdMapping {
+            container_id: m.container_id,
+            host_id: m.host_id,
+            length: m.length,
+        };
+        mappings.iter().map(convert).collect()
+    };
+    Some(UserNamespace {
+        uids: map(&user.uids),
+        gids: map(&user.gids),
+    })
+}
+
+/// Makes the sandbox; `announced` is the durable record of the intent. Undoes everything when a step fails or
+/// `cancel` comes.
+pub(super) async fn run(
+    node: Arc<Node>,
+    pod: Arc<PodRecord>,
+    announced: Written,
+    cancel: CancellationToken,
+) -> Result<Started, Failed> {
+    let mut undo = Undo::default();
+    let result = tokio::select! {
+        result = begin(&node, &pod, announced, &mut undo) => result,
+        () = cancel.cancelled() => Err(Error::Aborted(format!("pod sandbox {} was stopped while it was created", pod.id))),
+    };
+    match result {
+        Ok(started) => Ok(started),
+        Err(error) => {
+            tracing::info!(pod = %pod.id, error = %chain(&error), "undoing a pod sandbox");
+            Err(Failed {
+                error,
+                left: undo.run().await,
+            })
+        }
+    }
+}
+
+async fn begin(
+    node: &Arc<Node>,
+    pod: &Arc<PodRecord>,
+    announced: Written,
+    undo: &mut Undo,
+) -> Result<Started> {
+    announced.durable().await?;
+    push_undo(node, pod, undo);
+    let bundle = node.dirs.pod(&pod.id);
+    let files = Files::of(&bundle);
+    let host_network = pod.netns().is_none();
+    std::fs::create_dir_all(bundle.join("containers")).map_err(Error::io("create", &bundle))?;
+    std::fs::create_dir_all(node.dirs.runtime_root(&pod.handler))
+        .map_err(Error::io("create", node.dirs.runtime_root(&pod.handler)))?;
+    files.write(&pod.config, host_network, &node.host.hostname)?;
+    if !pod.config.log_directory.is_empty() {
+        std::fs::create_dir_all(&pod.config.log_directory)
+            .map_err(Error::io("create", &pod.config.log_directory))?;
+    }
+    if pod.owns_cgroup {
+        let path = pod.cgroup_parent.clone();
+        teardown::blocking(move || {
+            catamaran_cgroups::create(&path).map_err(|e| Error::Cgroup {
+                problem: chain(&e),
+                path,
+            })
+        })
+        .await?;
+    }
+    // The shim starts while the namespace is made, and makes the sandbox while CNI configures it.
+    let (netns_made, netns_ready) = tokio::sync::oneshot::channel::<()>();
+    let sandbox = async {
+        let shim = teardown::launch(node, pod)?.start().await?;
+        // An error on the other side ends this one too.
+        let _ = netns_ready.await;
+        shim.create_sandbox(&bundle, &pod.spec).await?;
+        Ok::<Shim, Error>(shim)
+    };
+    let attachment = async {
+        if host_network {
+            let _ = netns_made.send(());
+            return Ok(Vec::new());
+        }
+        let netns = node.network.create_netns(pod.id.as_str()).await?;
+        let _ = netns_made.send(());
+        let attachment = node.network.attach(&network::pod_network(pod, netns)?).await?;
+        Ok::<Vec<IpAddr>, Error>(attachment.ips)
+    };
+    let (shim, ips) = tokio::try_join!(sandbox, attachment)?;
+    shim.start_sandbox(boot_limit(pod)).await?;
+    if !host_network {
+        files.write_addresses(&ips, &pod.config.hostname)?;
+    }
+    let info = shim.sandbox_status().await?.info;
+    Ok(Started { shim, ips, info })
+}
+
+fn boot_limit(pod: &PodRecord) -> Duration {
+    match &pod.spec.runtime {
+        RuntimeSpec::Oci { .. } => Duration::ZERO,
+        RuntimeSpec::Vm(vm) => Duration::from_millis(vm.boot_timeout_ms),
+    }
+}
+
+/// Everything that [`begin`] does, undone in reverse: the sandbox, the network, the cgroup, the bundle.
+fn push_undo(node: &Arc<Node>, pod: &Arc<PodRecord>, undo: &mut Undo) {
+    let text = |error: Error| chain(&error);
+    let (n, p) = (node.clone(), pod.clone());
+    undo.push("bundle", move || async move {
+        teardown::remove_bundle(&n, &p.id).await.map_err(text)
+    });
+    let p = pod.clone();
+    undo.push("cgroup", move || async move {
+        teardown::remove_cgroup(&p).await.map_err(text)
+    });
+    let (n, p) = (node.clone(), pod.clone());
+    undo.push("network", move || async move {
+        teardown::release_network(&n, &p.id).await.map_err(text)
+    });
+    let (n, p) = (node.clone(), pod.clone());
+    undo.push("sandbox", move || async move {
+        teardown::end_sandbox(&n, &p, None, |_| async { Ok(()) })
+            .await
+            .map_err(text)
+    });
+}

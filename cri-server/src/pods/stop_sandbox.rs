@@ -1,0 +1,61 @@
+//! StopPodSandbox: every process ends, the network and the namespaces are released; records, logs and
+//! root file systems stay until the removal. What can go on goes on when a step fails.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::join_all;
+use tokio::sync::watch;
+
+use super::record::PodView;
+use super::stop_container::over;
+use super::teardown;
+use crate::error::{Error, Result, chain};
+use crate::node::Node;
+use crate::shim::Shim;
+use crate::store::Written;
+
+/// Time for the exits to be recorded after the shim has said that all ended.
+const EXITS_LIMIT: Duration = Duration::from_secs(5);
+
+/// Stops the sandbox. Idempotent; the first failure is returned when all was tried.
+pub(super) async fn run(
+    node: Arc<Node>,
+    shim: Option<Shim>,
+    view: watch::Receiver<Arc<PodView>>,
+    announced: Written,
+) -> Result<()> {
+    announced.durable().await?;
+    let pod = view.borrow().pod.clone();
+    let watched = shim.is_some();
+    let sandbox = teardown::end_sandbox(&node, &pod, shim, |shim| async move {
+        let containers: Vec<_> = view.borrow().containers.keys().cloned().collect();
+        if watched {
+            let exits = containers.iter().map(|id| {
+                let mut view = view.clone();
+                async move { over(&mut view, id).await }
+            });
+            if tokio::time::timeout(EXITS_LIMIT, join_all(exits)).await.is_err() {
+                tracing::warn!("containers of a stopped pod have no recorded end");
+            }
+        }
+        for result in join_all(containers.iter().map(|id| shim.delete(id.as_str()))).await {
+            result?;
+        }
+        Ok(())
+    })
+    .await;
+    // A VM's network device goes with the VM, so the network is released when the sandbox has ended.
+    let network = match pod.netns() {
+        Some(_) => teardown::release_network(&node, &pod.id).await,
+        None => Ok(()),
+    };
+    let mut first: Option<Error> = None;
+    for result in [sandbox, network] {
+        if let Err(error) = result {
+            tracing::warn!(pod = %pod.id, error = %chain(&error), "stopping a pod sandbox");
+            first.get_or_insert(error);
+        }
+    }
+    first.map_or(Ok(()), Err)
+}
