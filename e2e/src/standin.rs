@@ -30,7 +30,10 @@ pub fn serve(registry: &Registry, hosts: &Path) -> Result<()> {
     registry.push("e2e-test-images/nginx:1.14-2", &nginx)?;
     registry.push("e2e-test-images/httpd:2.4.39-4", &nginx)?;
     // The name that critest asks for ends in Go's name of the architecture.
-    let own = format!("k8s-staging-cri-tools/hostnet-nginx-{}:latest", image::host_architecture());
+    let own = format!(
+        "k8s-staging-cri-tools/hostnet-nginx-{}:latest",
+        image::host_architecture()
+    );
     registry.push(&own, &self::nginx(12003)?)?;
     registry.push("e2e-test-images/nonewprivs:1.3", &effective_user()?)?;
     for (name, user) in [
@@ -40,11 +43,27 @@ pub fn serve(registry: &Registry, hosts: &Path) -> Result<()> {
         ("username-group", "www-data:100"),
     ] {
         let image = self::busybox(json!({"User": user}))?;
-        registry.push(&format!("k8s-staging-cri-tools/test-image-user-{name}:latest"), &image)?;
+        registry.push(
+            &format!("k8s-staging-cri-tools/test-image-user-{name}:latest"),
+            &image,
+        )?;
     }
-    registry.push("k8s-staging-cri-tools/test-image-predefined-group:latest", &predefined_group()?)?;
-    for name in ["latest:latest", "tag:test", "tag:all", "1:latest", "2:latest", "3:latest"] {
-        registry.push(&format!("k8s-staging-cri-tools/test-image-{name}"), &labelled(name)?)?;
+    registry.push(
+        "k8s-staging-cri-tools/test-image-predefined-group:latest",
+        &predefined_group()?,
+    )?;
+    for name in [
+        "latest:latest",
+        "tag:test",
+        "tag:all",
+        "1:latest",
+        "2:latest",
+        "3:latest",
+    ] {
+        registry.push(
+            &format!("k8s-staging-cri-tools/test-image-{name}"),
+            &labelled(name)?,
+        )?;
     }
     let tags = labelled("tags")?;
     for tag in 1..=3 {
@@ -55,7 +74,8 @@ pub fn serve(registry: &Registry, hosts: &Path) -> Result<()> {
         std::fs::create_dir_all(&directory)?;
         let url = format!("http://{}", registry.address());
         // The mirror is the server as well: nothing is asked of the public one.
-        let text = format!("server = \"{url}\"\n\n[host.\"{url}\"]\n  capabilities = [\"pull\", \"resolve\"]\n");
+        let text =
+            format!("server = \"{url}\"\n\n[host.\"{url}\"]\n  capabilities = [\"pull\", \"resolve\"]\n");
         std::fs::write(directory.join("hosts.toml"), text)?;
     }
     Ok(())
@@ -69,7 +89,10 @@ fn base() -> Result<Layer> {
     for name in ["bin", "etc", "home", "root", "usr", "usr/bin", "var", "var/log"] {
         layer = layer.directory(name, 0o755)?;
     }
-    layer = layer.directory("tmp", 0o1777)?.directory("run", 0o755)?.symlink("var/run", "/run")?;
+    layer = layer
+        .directory("tmp", 0o1777)?
+        .directory("run", 0o755)?
+        .symlink("var/run", "/run")?;
     layer = layer.file("bin/busybox", 0o755, (0, 0), &binary)?;
     // Hard links: a spec masks /bin/ls and expects the shell beside it to go on.
     for applet in listed.lines().filter(|name| *name != "busybox") {
@@ -79,17 +102,29 @@ fn base() -> Result<Layer> {
 }
 
 fn accounts(layer: Layer, passwd: &str, group: &str) -> Result<Layer> {
-    let passwd = format!("root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33:www-data:/var/www:/bin/false\n{passwd}");
+    let passwd =
+        format!("root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33:www-data:/var/www:/bin/false\n{passwd}");
     let group = format!("root:x:0:\nwww-data:x:33:\nusers:x:100:\n{group}");
-    layer.file("etc/passwd", 0o644, (0, 0), passwd.as_bytes())?.file("etc/group", 0o644, (0, 0), group.as_bytes())
+    layer.file("etc/passwd", 0o644, (0, 0), passwd.as_bytes())?.file(
+        "etc/group",
+        0o644,
+        (0, 0),
+        group.as_bytes(),
+    )
 }
 
 fn finish(layer: Layer, config: Value) -> Result<Image> {
-    let mut full = json!({"Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"], "Cmd": ["sh"]});
+    let mut full =
+        json!({"Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"], "Cmd": ["sh"]});
     if let (Some(full), Some(given)) = (full.as_object_mut(), config.as_object()) {
         full.extend(given.clone());
     }
-    image::build(vec![(layer, Packing::Gzip)], &full, Format::Docker, image::host_architecture())
+    image::build(
+        vec![(layer, Packing::Gzip)],
+        &full,
+        Format::Docker,
+        image::host_architecture(),
+    )
 }
 
 fn busybox(config: Value) -> Result<Image> {
@@ -116,21 +151,30 @@ fn effective_user() -> Result<Image> {
         "#include <stdio.h>\n#include <unistd.h>\nint main(void) { printf(\"Effective uid: %d\\n\", (int)geteuid()); }\n",
     )?;
     process::succeed(
-        Command::new("cc").args(["-static", "-O1", "-o"]).arg(&program).arg(&source),
+        Command::new("cc")
+            .args(["-static", "-O1", "-o"])
+            .arg(&program)
+            .arg(&source),
         Duration::from_secs(60),
     )
     .context("compiling a program for the image nonewprivs")?;
     let layer = base()?.file("usr/bin/nnp", 0o4755, (0, 0), &std::fs::read(&program)?)?;
-    finish(accounts(layer, "app:x:1000:1000::/home:/bin/sh\n", "")?, json!({"Entrypoint": ["/usr/bin/nnp"], "Cmd": null}))
+    finish(
+        accounts(layer, "app:x:1000:1000::/home:/bin/sh\n", "")?,
+        json!({"Entrypoint": ["/usr/bin/nnp"], "Cmd": null}),
+    )
 }
 
 /// Debian's nginx with the libraries it is linked to, serving one page.
 fn nginx(port: u16) -> Result<Image> {
     let binary = binaries::system("nginx")?;
     let listed = process::succeed(Command::new("ldd").arg(&binary), Duration::from_secs(10))?;
-    let mut layer = base()?
-        .directory("usr/sbin", 0o755)?
-        .file("usr/sbin/nginx", 0o755, (0, 0), &std::fs::read(&binary)?)?;
+    let mut layer = base()?.directory("usr/sbin", 0o755)?.file(
+        "usr/sbin/nginx",
+        0o755,
+        (0, 0),
+        &std::fs::read(&binary)?,
+    )?;
     // `name => /path (address)`, and the loader as `/path (address)`.
     for word in listed.split_whitespace().filter(|word| word.starts_with('/')) {
         let bytes = std::fs::read(word).with_context(|| format!("library {word} of nginx"))?;
@@ -144,5 +188,12 @@ fn nginx(port: u16) -> Result<Image> {
     );
     let layer = layer.file("etc/nginx.conf", 0o644, (0, 0), config.as_bytes())?;
     let command = json!(["nginx", "-c", "/etc/nginx.conf", "-g", "daemon off;"]);
-    finish(accounts(layer, "nobody:x:65534:65534::/:/bin/false\n", "nogroup:x:65534:\n")?, json!({"Cmd": command}))
+    finish(
+        accounts(
+            layer,
+            "nobody:x:65534:65534::/:/bin/false\n",
+            "nogroup:x:65534:\n",
+        )?,
+        json!({"Cmd": command}),
+    )
 }

@@ -43,7 +43,9 @@ fn main() -> ExitCode {
     match run(focus.map(String::as_str)) {
         Ok(specs) => report(&specs, focus.is_none(), start.elapsed()),
         Err(error) => {
-            println!("test critest ... FAILED\n\n{error:#}\n\ntest result: FAILED. 0 passed; 1 failed; 0 ignored");
+            println!(
+                "test critest ... FAILED\n\n{error:#}\n\ntest result: FAILED. 0 passed; 1 failed; 0 ignored"
+            );
             ExitCode::FAILURE
         }
     }
@@ -58,7 +60,10 @@ fn run(focus: Option<&str>) -> Result<Vec<Spec>> {
     if focus.is_none() {
         specs.extend(critest(&node, Some(STREAMING), "websocket", &websocket)?);
     }
-    if specs.iter().any(|spec| matches!(spec.outcome, Outcome::Failed(_))) {
+    if specs
+        .iter()
+        .any(|spec| matches!(spec.outcome, Outcome::Failed(_)))
+    {
         println!("{}", node.diagnostics());
     }
     // critest leaves images behind, and pods where a spec failed.
@@ -73,7 +78,10 @@ fn critest(node: &Node, focus: Option<&str>, protocol: &str, flags: &[&str]) -> 
     let mut command = Command::new(binaries::tool("critest")?);
     command
         .current_dir(&directory)
-        .args([format!("-runtime-endpoint={endpoint}"), format!("-image-endpoint={endpoint}")])
+        .args([
+            format!("-runtime-endpoint={endpoint}"),
+            format!("-image-endpoint={endpoint}"),
+        ])
         .args(["-config=/nonexistent", "-ginkgo.no-color", "-ginkgo.timeout=30m"])
         .arg(format!("-ginkgo.json-report={}", file.display()))
         .args(flags);
@@ -109,15 +117,19 @@ fn listed() -> impl Iterator<Item = (&'static str, &'static str)> {
 }
 
 fn listed_pattern() -> String {
-    let names: Vec<String> =
-        listed().filter_map(|(name, _)| name.strip_prefix('!')).map(escape).collect();
+    let names: Vec<String> = listed()
+        .filter_map(|(name, _)| name.strip_prefix('!'))
+        .map(escape)
+        .collect();
     names.join("|")
 }
 
 /// Quotes what a Go regular expression would take for more than text.
 fn escape(text: &str) -> String {
     let special = |c: char| "\\.+*?()|[]{}^$".contains(c);
-    text.chars().flat_map(|c| special(c).then_some('\\').into_iter().chain([c])).collect()
+    text.chars()
+        .flat_map(|c| special(c).then_some('\\').into_iter().chain([c]))
+        .collect()
 }
 
 fn read(file: &Path, protocol: &str) -> Result<Vec<Spec>> {
@@ -137,11 +149,16 @@ fn read(file: &Path, protocol: &str) -> Result<Vec<Spec>> {
         if kind != "It" {
             // A BeforeSuite that fails takes every spec with it.
             if state != "passed" {
-                specs.push(Spec { name: kind, outcome: Outcome::Failed(message) });
+                specs.push(Spec {
+                    name: kind,
+                    outcome: Outcome::Failed(message),
+                });
             }
             continue;
         }
-        if name.contains("benchmark") || (protocol != "spdy" && state == "skipped" && message.starts_with('\n')) {
+        if name.contains("benchmark")
+            || (protocol != "spdy" && state == "skipped" && message.starts_with('\n'))
+        {
             continue;
         }
         if protocol != "spdy" {
@@ -160,13 +177,16 @@ fn read(file: &Path, protocol: &str) -> Result<Vec<Spec>> {
 
 fn spec_name(spec: &Value) -> String {
     let containers = spec["ContainerHierarchyTexts"].as_array().into_iter().flatten();
-    let words = containers.chain([&spec["LeafNodeText"]]).filter_map(Value::as_str);
+    let words = containers
+        .chain([&spec["LeafNodeText"]])
+        .filter_map(Value::as_str);
     words.collect::<Vec<_>>().join(" ").replace("[k8s.io] ", "")
 }
 
 fn report(specs: &[Spec], whole: bool, took: Duration) -> ExitCode {
-    let allowed: BTreeMap<&str, &str> =
-        listed().map(|(name, reason)| (name.strip_prefix('!').unwrap_or(name), reason)).collect();
+    let allowed: BTreeMap<&str, &str> = listed()
+        .map(|(name, reason)| (name.strip_prefix('!').unwrap_or(name), reason))
+        .collect();
     let mut failures = Vec::new();
     let (mut passed, mut ignored) = (0, 0);
     for spec in specs {
@@ -186,7 +206,9 @@ fn report(specs: &[Spec], whole: bool, took: Duration) -> ExitCode {
             (outcome, _) => {
                 let text = match outcome {
                     Outcome::Passed => "passes, but critest-skips.txt says that it is skipped".to_owned(),
-                    Outcome::Skipped(message) => format!("is skipped and not in critest-skips.txt: {message}"),
+                    Outcome::Skipped(message) => {
+                        format!("is skipped and not in critest-skips.txt: {message}")
+                    }
                     Outcome::Failed(message) => message.clone(),
                 };
                 println!("test critest::{} ... FAILED", spec.name);
@@ -203,7 +225,11 @@ fn report(specs: &[Spec], whole: bool, took: Duration) -> ExitCode {
         failures.len(),
         took.as_secs_f32()
     );
-    if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if failures.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }
 
 fn tail(text: &str) -> String {
