@@ -94,10 +94,10 @@ pub enum Error {
         seconds: u64,
     },
     /// The file system of the store is full (space, inodes or quota).
-    #[error("no space left for images in {path}: remove images or enlarge the file system")]
+    #[error("no space left to {what}: remove images or enlarge the file system")]
     NoSpace {
-        /// The store's directory.
-        path: String,
+        /// What was tried, with the path.
+        what: String,
     },
     /// The registry cannot be reached or answers with a failure of its own.
     #[error("registry {registry} is unavailable: {reason}")]
@@ -152,17 +152,12 @@ impl Error {
         let error = error.into();
         let what = what.into();
         match error.kind() {
-            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Self::NoSpace { path: what },
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Self::NoSpace { what },
             _ => Self::Io { what, source: Cause::new(error) },
         }
     }
 
     pub(crate) fn malformed(what: impl Into<String>, error: impl StdError + Send + Sync + 'static) -> Self {
         Self::Malformed { what: what.into(), source: Cause::new(error) }
-    }
-
-    /// Whether another host of the same registry may do better.
-    pub(crate) fn is_full_disk(&self) -> bool {
-        matches!(self, Self::NoSpace { .. })
     }
 }

@@ -1,20 +1,36 @@
 //! Images of a node: pulled from registries, verified, unpacked into layers, leased to containers.
 //!
 //! Code map: `reference` (names), `hosts` and `credentials` (configuration), `registry` (the HTTP client),
-//! `layer` (the only place that knows how a layer lies on disk), `metadata` (the durable records), `store` (the
-//! public verbs), `pull` (what one pull does), `snapshot` (containers' root file systems).
+//! `manifest` and `image` (documents), `layer` (the only place that knows how a layer lies on disk), `metadata` (the
+//! durable records), `store` (the public verbs), `pull` (what one pull does), `snapshot` (containers' root file
+//! systems).
+//!
+//! Below the root directory: `metadata.redb`, `content/<algorithm>-<hex>` (manifests, configurations),
+//! `layers/<short>/fs`, `l/<short>` (short links where many layers must fit into mount options), `leases/<key>`
+//! (image volumes), `empty`, `tmp`.
 //!
 //! Architecture invariants: nothing is visible before its digest was verified and its bytes are on disk; no path
 //! of a layer is ever resolved outside the layer's own directory; a failed pull leaves nothing.
 
 mod config;
 mod credentials;
+mod digest;
 mod error;
+mod hosts;
+mod image;
+mod layer;
+mod manifest;
+mod metadata;
 mod platform;
+mod pull;
+mod reference;
+mod registry;
+mod snapshot;
 mod store;
 
 pub use config::{FsUsage, ImagesConfig, RootfsMount, Snapshot, SnapshotUsage};
 pub use credentials::Auth;
 pub use error::{Cause, Error, Result};
+pub use image::Image;
 pub use platform::Platform;
-pub use store::{Image, ImageStore};
+pub use store::ImageStore;

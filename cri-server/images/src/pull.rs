@@ -1,0 +1,529 @@
+//! One pull, from the reference to the recorded image.
+//!
+//! Layers are fetched side by side; two pulls that need the same layer fetch it once. Each layer is unpacked while
+//! it arrives, below `tmp`, and moved to `layers` when its digests were verified. Nothing of it counts until the
+//! last step: one sync of the file system, then one transaction that records the image with its layers.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::{self, Read};
+use std::path::PathBuf;
+use std::sync::{Arc, PoisonError};
+
+use bytes::{Buf, Bytes};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::credentials::{self, Auth};
+use crate::digest::{Digest, chain_ids};
+use crate::error::{Error, Result};
+use crate::hosts;
+use crate::image::{Image, diff_ids, parse_config};
+use crate::layer::{self, Expected, Limits, Merged};
+use crate::manifest::{self, Content, Descriptor, ImageManifest};
+use crate::metadata::{Changes, ImageRecord, LayerRecord};
+use crate::reference::{Pick, Reference};
+use crate::registry::{Blob, MAX_DOCUMENT, Manifest, Registry};
+use crate::store::{Inner, blocking, remove_tree};
+
+type Key = (Reference, Option<Auth>);
+type Outcome = Option<Result<Arc<Image>>>;
+/// Attempts others can join.
+pub(crate) type InFlight = HashMap<Key, watch::Receiver<Outcome>>;
+
+/// Transferred pieces that may wait for the unpacker.
+const PIPE: usize = 16;
+
+/// Waits for the attempt in flight, starting one where there is none.
+pub(crate) async fn join(inner: &Arc<Inner>, reference: Reference, auth: Option<Auth>) -> Result<Arc<Image>> {
+    let key = (reference, auth);
+    let mut outcome = {
+        let mut in_flight = inner.in_flight.lock().unwrap_or_else(PoisonError::into_inner);
+        match in_flight.get(&key) {
+            Some(outcome) => outcome.clone(),
+            None => {
+                let (sender, outcome) = watch::channel(None);
+                in_flight.insert(key.clone(), outcome.clone());
+                let entry = Entry { inner: inner.clone(), key };
+                tokio::spawn(async move {
+                    let result = pull(&entry.inner, &entry.key.0, entry.key.1.as_ref()).await;
+                    // A retry after this failure starts anew.
+                    drop(entry);
+                    sender.send_replace(Some(result));
+                });
+                outcome
+            }
+        }
+    };
+    let result = outcome.wait_for(Option::is_some).await.map(|result| result.clone());
+    result.ok().flatten().unwrap_or_else(|| Err(Error::Internal("the pull ended without a result".into())))
+}
+
+/// Takes an attempt off the list however it ends.
+struct Entry {
+    inner: Arc<Inner>,
+    key: Key,
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        self.inner.in_flight.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
+    }
+}
+
+async fn pull(inner: &Arc<Inner>, reference: &Reference, auth: Option<&Auth>) -> Result<Arc<Image>> {
+    let hosts = hosts::hosts_for(&inner.config.hosts_dirs, &reference.registry)?;
+    let credentials = |host: &hosts::RegistryHost| match (auth, &inner.config.docker_config) {
+        (Some(auth), _) => Ok(Some(auth.clone())),
+        (None, None) => Ok(None),
+        (None, Some(file)) => {
+            let name = if host.mirror { host.name() } else { reference.registry.clone() };
+            credentials::from_docker_config(file, &name, &reference.repository)
+        }
+    };
+    let registry = Registry::new(reference.clone(), hosts, credentials, inner.config.progress_timeout)?;
+    let target = Target::find(inner, &registry).await?;
+    let mut pins = Pins { inner: inner.clone(), chain_ids: Vec::new() };
+    let result = match target.fetch_layers(inner, &registry, &mut pins).await {
+        Ok(()) => target.commit(inner, reference).await,
+        Err(error) => Err(error),
+    };
+    drop(pins);
+    if result.is_err() {
+        let _changes = inner.changes.lock().await;
+        if let Err(error) = inner.collect_layers().await {
+            tracing::warn!(image = %reference, %error, "layers of a failed pull cannot be removed");
+        }
+    }
+    result
+}
+
+/// Layers this pull is about to use.
+struct Pins {
+    inner: Arc<Inner>,
+    chain_ids: Vec<String>,
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        let mut state = self.inner.state();
+        for chain_id in &self.chain_ids {
+            if let Some(count) = state.pins.get_mut(chain_id) {
+                *count -= 1;
+                if *count == 0 {
+                    state.pins.remove(chain_id);
+                }
+            }
+        }
+    }
+}
+
+/// What the reference names, down to the configuration.
+struct Target {
+    /// Digest of what the reference named: of the index where there is one.
+    digest: Digest,
+    id: Digest,
+    config: Bytes,
+    /// Documents to keep, by digest.
+    documents: BTreeMap<Digest, Bytes>,
+    layers: Vec<Job>,
+}
+
+/// One layer to have.
+struct Job {
+    chain_id: String,
+    expected: Expected,
+}
+
+impl Target {
+    async fn find(inner: &Inner, registry: &Registry) -> Result<Self> {
+        let top = registry.resolve().await?;
+        let digest = top.digest.clone();
+        let mut documents = BTreeMap::from([(top.digest.clone(), top.bytes.clone())]);
+        let manifest = match parse(&top)? {
+            Content::Image(manifest) => manifest,
+            Content::Index(entries) => {
+                let chosen = manifest::choose(&entries, &inner.config.platform)?;
+                let found = registry.manifest(&chosen.digest()?).await?;
+                check_size(chosen, &found.bytes, "manifest")?;
+                documents.insert(found.digest.clone(), found.bytes.clone());
+                match parse(&found)? {
+                    Content::Image(manifest) => manifest,
+                    Content::Index(_) => return Err(Error::Unsupported("an index inside an index".into())),
+                }
+            }
+        };
+        let (id, config) = Self::configuration(registry, &manifest).await?;
+        documents.insert(id.clone(), config.clone());
+        let layers = Self::jobs(&manifest, &config)?;
+        Ok(Self { digest, id, config, documents, layers })
+    }
+
+    async fn configuration(registry: &Registry, manifest: &ImageManifest) -> Result<(Digest, Bytes)> {
+        if manifest.config.size > MAX_DOCUMENT {
+            return Err(Error::Hostile(format!("a configuration of {} bytes", manifest.config.size)));
+        }
+        let id = manifest.config.digest()?;
+        let config = registry.small_blob(&id).await?;
+        check_size(&manifest.config, &config, "configuration")?;
+        Ok((id, config))
+    }
+
+    fn jobs(manifest: &ImageManifest, config: &[u8]) -> Result<Vec<Job>> {
+        let diff_ids = diff_ids(&parse_config(config)?)?;
+        if diff_ids.len() != manifest.layers.len() {
+            return Err(Error::Hostile(format!(
+                "the manifest lists {} layers, the configuration {}",
+                manifest.layers.len(),
+                diff_ids.len()
+            )));
+        }
+        let chain_ids = chain_ids(&diff_ids);
+        let parts = manifest.layers.iter().zip(diff_ids).zip(chain_ids);
+        parts
+            .map(|((layer, diff_id), chain_id)| {
+                let expected = Expected { blob: layer.digest()?, size: layer.size, diff_id };
+                Ok(Job { chain_id: chain_id.to_string(), expected })
+            })
+            .collect()
+    }
+
+    /// Has all layers ready and pinned, or fails with the first failure after the others have stopped.
+    async fn fetch_layers(&self, inner: &Arc<Inner>, registry: &Registry, pins: &mut Pins) -> Result<()> {
+        let stop = CancellationToken::new();
+        let ready: Vec<watch::Sender<bool>> = self.layers.iter().map(|_| watch::Sender::new(false)).collect();
+        let work = self.layers.iter().enumerate().map(|(index, job)| {
+            let (stop, ready) = (&stop, &ready);
+            async move {
+                let below = Below { jobs: &self.layers[..index], ready: &ready[..index] };
+                let result = obtain(inner, registry, job, below, stop).await;
+                match &result {
+                    Ok(()) => drop(ready[index].send_replace(true)),
+                    Err(_) => stop.cancel(),
+                }
+                result
+            }
+        });
+        let mut first = Ok(());
+        for (job, result) in self.layers.iter().zip(futures::future::join_all(work).await) {
+            match result {
+                Ok(()) => pins.chain_ids.push(job.chain_id.clone()),
+                // A layer that was stopped says less than the one that failed.
+                Err(Stopped::Failed(error)) if first.is_ok() => first = Err(error),
+                Err(_) => {}
+            }
+        }
+        match first {
+            Ok(()) if stop.is_cancelled() => Err(Error::Internal("a layer stopped without a reason".into())),
+            other => other,
+        }
+    }
+
+    /// Records the image. Everything it consists of is on disk before.
+    async fn commit(&self, inner: &Arc<Inner>, reference: &Reference) -> Result<Arc<Image>> {
+        let _changes = inner.changes.lock().await;
+        let result = self.commit_locked(inner, reference).await;
+        if result.is_err() {
+            inner.collect_content(self.documents.keys().map(Digest::to_string)).await?;
+        }
+        result
+    }
+
+    async fn commit_locked(&self, inner: &Arc<Inner>, reference: &Reference) -> Result<Arc<Image>> {
+        let id = self.id.to_string();
+        let chain_ids: Vec<String> = self.layers.iter().map(|job| job.chain_id.clone()).collect();
+        let content = self.documents.iter().map(|(digest, bytes)| (digest.to_string(), bytes.len() as u64)).collect();
+        let mut changes = Changes::default();
+        let mut record =
+            ImageRecord { tags: [].into(), digests: [].into(), layers: chain_ids.clone(), content };
+        let known = {
+            let state = inner.state();
+            let existing = state.images.get(&id).map(|(record, _)| record.clone());
+            if let Some(existing) = &existing {
+                record.tags.clone_from(&existing.tags);
+                record.digests.clone_from(&existing.digests);
+                record.content.extend(existing.content.clone());
+            }
+            record.digests.insert(reference.with_digest(&self.digest));
+            if let Pick::Tag(_) = reference.pick {
+                let tag = reference.to_string();
+                // A tag names one image: it moves.
+                for (other, (theirs, _)) in &state.images {
+                    if *other != id && theirs.tags.contains(&tag) {
+                        let mut theirs = theirs.clone();
+                        theirs.tags.remove(&tag);
+                        changes.put_images.push((other.clone(), theirs));
+                    }
+                }
+                record.tags.insert(tag);
+            }
+            for chain_id in &chain_ids {
+                let layer =
+                    state.layers.get(chain_id).ok_or_else(|| Error::NotFound(format!("layer {chain_id}")))?;
+                changes.put_layers.push((chain_id.clone(), layer.clone()));
+            }
+            existing.is_some_and(|existing| existing == record)
+        };
+        if !known {
+            changes.put_images.push((id.clone(), record.clone()));
+            self.make_durable(inner).await?;
+            let moved = changes.put_images.clone();
+            inner.write(changes).await?;
+            return self.publish(inner, moved);
+        }
+        let state = inner.state();
+        let image = state.images.get(&id).map(|(_, image)| image.clone());
+        image.ok_or_else(|| Error::Internal("an image vanished while it was pulled".into()))
+    }
+
+    /// Writes the documents and syncs them with the layers.
+    async fn make_durable(&self, inner: &Arc<Inner>) -> Result<()> {
+        let documents = self.documents.clone();
+        let worker = inner.clone();
+        blocking(move || {
+            for (digest, bytes) in documents {
+                let path = worker.content_path(&digest);
+                if path.exists() {
+                    continue;
+                }
+                let aside = worker.config.root.join("tmp").join(worker.fresh_name());
+                let written = std::fs::write(&aside, &bytes).and_then(|()| std::fs::rename(&aside, &path));
+                if let Err(error) = written {
+                    crate::store::remove_file(&aside)?;
+                    return Err(Error::io(format!("write {}", path.display()), error));
+                }
+            }
+            layer::sync_file_system(&worker.config.root)
+        })
+        .await
+    }
+
+    fn publish(&self, inner: &Inner, records: Vec<(String, ImageRecord)>) -> Result<Arc<Image>> {
+        let mut state = inner.state();
+        let own = self.id.to_string();
+        let mut published = None;
+        for (id, record) in records {
+            let image = if id == own {
+                let image = Arc::new(inner.image(&state, &id, &record, &self.config)?);
+                published = Some(image.clone());
+                image
+            } else if let Some((_, old)) = state.images.get(&id) {
+                let repo_tags: Vec<String> = record.tags.iter().cloned().collect();
+                let names = || record.tags.iter().chain(&record.digests);
+                let pinned = names().any(|name| inner.pinned.contains(name));
+                Arc::new(Image { repo_tags, pinned, ..Image::clone(old) })
+            } else {
+                continue;
+            };
+            state.images.insert(id, (record, image));
+        }
+        published.ok_or_else(|| Error::Internal("an image was not published".into()))
+    }
+}
+
+fn parse(manifest: &Manifest) -> Result<Content> {
+    manifest::parse(&manifest.bytes, manifest.media_type.as_deref())
+}
+
+fn check_size(descriptor: &Descriptor, bytes: &[u8], what: &str) -> Result<()> {
+    if descriptor.size == bytes.len() as u64 {
+        return Ok(());
+    }
+    Err(Error::DigestMismatch {
+        what: what.to_owned(),
+        expected: format!("{} bytes", descriptor.size),
+        actual: format!("{} bytes", bytes.len()),
+    })
+}
+
+/// Why a layer is not there.
+enum Stopped {
+    Failed(Error),
+    /// Another layer of the image failed.
+    ByOther,
+}
+
+impl From<Error> for Stopped {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// The layers below, and for each the signal that it is complete.
+struct Below<'a> {
+    jobs: &'a [Job],
+    ready: &'a [watch::Sender<bool>],
+}
+
+/// Right to unpack a layer; others wait until it is dropped.
+struct Claim {
+    inner: Arc<Inner>,
+    chain_id: String,
+    _done: watch::Sender<()>,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.inner.state().unpacking.remove(&self.chain_id);
+    }
+}
+
+/// Has one layer complete and pinned, by its own work or by another pull's.
+async fn obtain(
+    inner: &Arc<Inner>,
+    registry: &Registry,
+    job: &Job,
+    below: Below<'_>,
+    stop: &CancellationToken,
+) -> std::result::Result<(), Stopped> {
+    let claim = loop {
+        let mut other = {
+            let mut state = inner.state();
+            if state.layers.contains_key(&job.chain_id) {
+                *state.pins.entry(job.chain_id.clone()).or_default() += 1;
+                return Ok(());
+            }
+            match state.unpacking.get(&job.chain_id) {
+                Some(other) => other.clone(),
+                None => {
+                    let (done, waiting) = watch::channel(());
+                    state.unpacking.insert(job.chain_id.clone(), waiting);
+                    break Claim { inner: inner.clone(), chain_id: job.chain_id.clone(), _done: done };
+                }
+            }
+        };
+        tokio::select! {
+            _ = other.changed() => {}
+            () = stop.cancelled() => return Err(Stopped::ByOther),
+        }
+    };
+    let name = inner.fresh_name();
+    let result = fetch(inner, registry, job, &name, below, stop).await;
+    if result.is_err() {
+        let aside = inner.config.root.join("tmp").join(&name);
+        if let Err(error) = blocking(move || remove_tree(&aside)).await {
+            tracing::warn!(%error, "a layer that failed cannot be removed");
+        }
+    }
+    let record = result?;
+    let mut state = inner.state();
+    state.layers.insert(job.chain_id.clone(), record);
+    *state.pins.entry(job.chain_id.clone()).or_default() += 1;
+    // The claim ends after the layer is listed; its drop takes the lock.
+    drop(state);
+    drop(claim);
+    Ok(())
+}
+
+async fn fetch(
+    inner: &Arc<Inner>,
+    registry: &Registry,
+    job: &Job,
+    name: &str,
+    below: Below<'_>,
+    stop: &CancellationToken,
+) -> std::result::Result<LayerRecord, Stopped> {
+    let aside = inner.config.root.join("tmp").join(name);
+    let root = aside.join("fs");
+    let (unpacked, bytes, inodes) = {
+        let _permit = tokio::select! {
+            permit = inner.downloads.acquire() => {
+                permit.map_err(|_| Error::Internal("the download permits are gone".into()))?
+            }
+            () = stop.cancelled() => return Err(Stopped::ByOther),
+        };
+        let (sender, receiver) = mpsc::channel(PIPE);
+        let unpacker = tokio::task::spawn_blocking({
+            let (aside, root, expected) = (aside.clone(), root.clone(), job.expected.clone());
+            move || -> Result<(layer::Unpacked, u64, u64)> {
+                std::fs::create_dir(&aside).map_err(|e| Error::io(format!("make {}", aside.display()), e))?;
+                let pipe = Pipe { receiver, current: Bytes::new() };
+                let unpacked = layer::unpack_blob(pipe, &expected, &root, Limits::default())?;
+                let (bytes, inodes) = layer::disk_usage(&root)?;
+                Ok((unpacked, bytes, inodes))
+            }
+        });
+        let transfer = transfer(registry.blob(&job.expected.blob, job.expected.size), sender, stop).await;
+        // The unpacker's task always ends before the layer's directory is touched again.
+        let unpacked = unpacker.await.map_err(|error| Error::Internal(format!("unpacking failed: {error}")))?;
+        if let Err(Stopped::ByOther) = transfer {
+            return Err(Stopped::ByOther);
+        }
+        unpacked?
+    };
+    if !below.jobs.is_empty() && !unpacked.implied.is_empty() {
+        for ready in below.ready {
+            let mut ready = ready.subscribe();
+            tokio::select! {
+                _ = ready.wait_for(|ready| *ready) => {}
+                () = stop.cancelled() => return Err(Stopped::ByOther),
+            }
+        }
+        let chain_ids: Vec<String> = below.jobs.iter().map(|job| job.chain_id.clone()).collect();
+        let lower = {
+            let state = inner.state();
+            inner.lower_directories(&state, &chain_ids)?
+        };
+        let (root, implied) = (root.clone(), unpacked.implied);
+        blocking(move || {
+            let below = Merged::open(lower.iter().map(PathBuf::as_path))?;
+            layer::inherit(&root, &implied, &below)
+        })
+        .await?;
+    }
+    let place = inner.config.root.join("layers").join(name);
+    std::fs::rename(&aside, &place).map_err(|error| Error::io(format!("make {}", place.display()), error))?;
+    Ok(LayerRecord {
+        name: name.to_owned(),
+        diff_id: job.expected.diff_id.to_string(),
+        bytes,
+        inodes,
+        opaque_root: unpacked.opaque_root,
+        empty: unpacked.empty,
+    })
+}
+
+/// Moves a blob into the unpacker. A failure travels through the pipe and comes back as the unpacker's error.
+async fn transfer(
+    mut blob: Blob<'_>,
+    sender: mpsc::Sender<Result<Bytes>>,
+    stop: &CancellationToken,
+) -> std::result::Result<(), Stopped> {
+    loop {
+        let piece = tokio::select! {
+            piece = blob.next() => piece,
+            // The unpacker has failed; its error says why.
+            () = sender.closed() => return Ok(()),
+            () = stop.cancelled() => {
+                // Without this the unpacker would take the end of the pipe for the end of the blob.
+                let _ = sender.send(Err(Error::Internal("stopped".into()))).await;
+                return Err(Stopped::ByOther);
+            }
+        };
+        let Some(piece) = piece.transpose() else { return Ok(()) };
+        let last = piece.is_err();
+        if sender.send(piece).await.is_err() || last {
+            return Ok(());
+        }
+    }
+}
+
+/// The unpacker's end of the transfer.
+struct Pipe {
+    receiver: mpsc::Receiver<Result<Bytes>>,
+    current: Bytes,
+}
+
+impl Read for Pipe {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.current.is_empty() {
+            match self.receiver.blocking_recv() {
+                None => return Ok(0),
+                Some(Ok(piece)) => self.current = piece,
+                Some(Err(error)) => return Err(io::Error::other(error)),
+            }
+        }
+        let count = buffer.len().min(self.current.len());
+        self.current.copy_to_slice(&mut buffer[..count]);
+        Ok(count)
+    }
+}

@@ -1,0 +1,123 @@
+//! The transfer of one blob: resumed by Range after an interruption where the endpoint can, begun again and
+//! skipped forward where it cannot, continued at the next endpoint when one is given up.
+
+use bytes::{Buf, Bytes};
+use reqwest::header::CONTENT_RANGE;
+use reqwest::{Response, StatusCode};
+
+use super::{Failure, Registry, TRIES};
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+
+/// A blob on its way. Its digest is the consumer's to verify.
+pub(crate) struct Blob<'a> {
+    registry: &'a Registry,
+    digest: Digest,
+    size: u64,
+    /// Bytes handed out.
+    offset: u64,
+    /// Bytes of the current response that were handed out before.
+    skip: u64,
+    endpoint: usize,
+    response: Option<Response>,
+    /// Failures since the last byte.
+    failures: u32,
+}
+
+impl Registry {
+    /// Begins the transfer of a blob of `size` bytes.
+    pub(crate) fn blob(&self, digest: &Digest, size: u64) -> Blob<'_> {
+        let digest = digest.clone();
+        Blob { registry: self, digest, size, offset: 0, skip: 0, endpoint: 0, response: None, failures: 0 }
+    }
+}
+
+impl Blob<'_> {
+    /// The next bytes; `None` at the end.
+    pub(crate) async fn next(&mut self) -> Result<Option<Bytes>> {
+        loop {
+            let failure = match self.attempt().await {
+                Ok(Some(chunk)) => {
+                    self.failures = 0;
+                    self.offset += chunk.len() as u64;
+                    return Ok(Some(chunk));
+                }
+                Ok(None) if self.offset == self.size => return Ok(None),
+                Ok(None) => Failure {
+                    error: Error::Unavailable {
+                        registry: self.registry.endpoints[self.endpoint].host.name(),
+                        reason: format!("it ended the transfer after {} of {} bytes", self.offset, self.size),
+                    },
+                    passing: true,
+                },
+                Err(failure) => failure,
+            };
+            self.response = None;
+            self.failures += 1;
+            if failure.passing && self.failures < TRIES {
+                tracing::debug!(digest = %self.digest, offset = self.offset, error = %failure.error, "resuming blob");
+                self.registry.pause(self.failures).await;
+                continue;
+            }
+            self.registry.note(self.endpoint, &failure.error);
+            self.failures = 0;
+            self.endpoint += 1;
+            if self.endpoint >= self.registry.endpoints.len() {
+                return Err(failure.error);
+            }
+        }
+    }
+
+    async fn attempt(&mut self) -> std::result::Result<Option<Bytes>, Failure> {
+        let registry = self.registry;
+        while !registry.endpoints[self.endpoint].host.pull {
+            if self.endpoint + 1 >= registry.endpoints.len() {
+                return Err(Failure { error: registry.no_endpoint(), passing: false });
+            }
+            self.endpoint += 1;
+        }
+        let endpoint = &registry.endpoints[self.endpoint];
+        let mut response = match self.response.take() {
+            Some(response) => response,
+            None => self.begin().await?,
+        };
+        loop {
+            let chunk = registry.in_time(endpoint, response.chunk()).await?;
+            let Some(mut chunk) = chunk.map_err(|error| registry.broken(endpoint, error))? else { return Ok(None) };
+            let skipped = self.skip.min(chunk.len() as u64);
+            self.skip -= skipped;
+            chunk.advance(skipped as usize);
+            if chunk.is_empty() {
+                continue;
+            }
+            self.response = Some(response);
+            return Ok(Some(chunk));
+        }
+    }
+
+    async fn begin(&mut self) -> std::result::Result<Response, Failure> {
+        let registry = self.registry;
+        let endpoint = &registry.endpoints[self.endpoint];
+        let from = (self.offset > 0).then_some(self.offset);
+        let response = registry.get(endpoint, &format!("blobs/{}", self.digest), from).await?;
+        self.skip = match (from, response.status()) {
+            (Some(from), StatusCode::PARTIAL_CONTENT) => {
+                let range = response.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok());
+                let wanted = format!("bytes {from}-");
+                if !range.is_some_and(|range| range.starts_with(&wanted)) {
+                    return Err(Failure {
+                        error: Error::Unavailable {
+                            registry: endpoint.host.name(),
+                            reason: format!("asked to resume at byte {from}, it sends {range:?}"),
+                        },
+                        passing: false,
+                    });
+                }
+                0
+            }
+            // The endpoint knows no ranges and begins anew.
+            _ => self.offset,
+        };
+        Ok(response)
+    }
+}
