@@ -54,13 +54,23 @@ impl std::fmt::Display for Stage {
 /// A failed stage as the shim reports it: what failed and why, then the console.
 pub fn failure(stage: Stage, why: impl std::fmt::Display, console: Option<&Tail>) -> ShimError {
     let mut text = format!("VM failed at stage {stage}: {why}");
-    let lines = console.map(|console| console.last_lines(LINES_SHOWN)).unwrap_or_default();
+    let lines = console
+        .map(|console| console.last_lines(LINES_SHOWN))
+        .unwrap_or_default();
     if lines.is_empty() {
         if console.is_some() {
             text.push_str("; the console shows nothing");
         }
     } else {
-        text.push_str(&format!("; console: {}", lines.join(" | ")));
+        let panic = console.and_then(|console| console.line_with("Kernel panic"));
+        let panic = panic
+            .filter(|panic| !lines.contains(panic))
+            .map(|panic| panic + " | … | ");
+        text.push_str(&format!(
+            "; console: {}{}",
+            panic.unwrap_or_default(),
+            lines.join(" | ")
+        ));
     }
     ShimError::Internal(text)
 }
@@ -121,7 +131,11 @@ pub async fn begin(name: String, spec: &VmSpec, confinement: &Confinement) -> Re
     let started = qemu::start(&machine, confinement).await.map_err(|error| {
         // QEMU itself refuses a kernel that it cannot start.
         let of_kernel = matches!(&error, VmmError::Ended { stderr, .. } if stderr.contains("kernel"));
-        failure(if of_kernel { Stage::Kernel } else { Stage::Vmm }, chain(&error), None)
+        failure(
+            if of_kernel { Stage::Kernel } else { Stage::Vmm },
+            chain(&error),
+            None,
+        )
     })?;
     Ok(Boot {
         vmm: Arc::new(started.vmm),
@@ -138,7 +152,13 @@ impl Boot {
     /// # Errors
     /// The stage (kernel or agent) with its reason and the console.
     pub async fn wait(self) -> Result<Booted, ShimError> {
-        let Self { vmm, console, stream, begun, limit } = self;
+        let Self {
+            vmm,
+            console,
+            stream,
+            begun,
+            limit,
+        } = self;
         let left = limit.saturating_sub(begun.elapsed());
         let why = tokio::select! {
             connected = guest_client::connect(stream) => match connected {
@@ -154,15 +174,29 @@ impl Boot {
         };
         // The console's last words may be a moment behind the VMM's end.
         tokio::time::sleep(Duration::from_millis(50)).await;
-        let stage = if vmm.agent_port_opened() { Stage::Agent } else { reached(&console) };
+        let stage = if vmm.agent_port_opened() {
+            Stage::Agent
+        } else {
+            reached(&console)
+        };
         Err(failure(stage, why, Some(&console)))
     }
 }
 
 /// How far a guest came that never opened the agent's port, by its console.
 fn reached(console: &Tail) -> Stage {
-    let of_agent = ["catamaran-agent:", "No working init found", "Attempted to kill init", "No init found"];
-    if of_agent.iter().any(|words| console.contains(words)) { Stage::Agent } else { Stage::Kernel }
+    let of_agent = [
+        "catamaran-agent:",
+        "No working init found",
+        "Attempted to kill init",
+        // Without /init in the initramfs the kernel looks for a root device.
+        "Unable to mount root fs",
+    ];
+    if of_agent.iter().any(|words| console.contains(words)) {
+        Stage::Agent
+    } else {
+        Stage::Kernel
+    }
 }
 
 fn check_kernel(kernel: &Path) -> Result<(), String> {
@@ -172,7 +206,10 @@ fn check_kernel(kernel: &Path) -> Result<(), String> {
         .map_err(|error| format!("cannot read {}: {error}", kernel.display()));
     match read {
         Ok(()) if magic == *b"\x7fELF" => Ok(()),
-        Ok(()) => Err(format!("{} is no uncompressed kernel: make one with guest build", kernel.display())),
+        Ok(()) => Err(format!(
+            "{} is no uncompressed kernel: make one with guest build",
+            kernel.display()
+        )),
         Err(why) => Err(why),
     }
 }
@@ -200,7 +237,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_failure_names_its_stage_and_shows_the_console() {
-        let (console, task) = Tail::follow(&b"one\r\nKernel panic - not syncing: No working init found.\r\n"[..]);
+        let (console, task) =
+            Tail::follow(&b"one\r\nKernel panic - not syncing: No working init found.\r\n"[..]);
         task.await.unwrap();
         assert_eq!(reached(&console), Stage::Agent);
         assert_eq!(
@@ -208,13 +246,25 @@ mod tests {
             "VM failed at stage kernel: no answer within 5 ms; console: one | Kernel panic - not syncing: No \
              working init found."
         );
-        assert!(failure(Stage::Agent, "x", Some(&Tail::default())).to_string().ends_with("shows nothing"));
+        assert!(
+            failure(Stage::Agent, "x", Some(&Tail::default()))
+                .to_string()
+                .ends_with("shows nothing")
+        );
     }
 
     #[test]
     fn what_is_no_kernel_is_named() {
         assert!(check_kernel(Path::new("/bin/sh")).is_ok());
-        assert!(check_kernel(Path::new("/etc/passwd")).unwrap_err().contains("/etc/passwd"));
-        assert!(check_kernel(Path::new("/nowhere")).unwrap_err().contains("/nowhere"));
+        assert!(
+            check_kernel(Path::new("/etc/passwd"))
+                .unwrap_err()
+                .contains("/etc/passwd")
+        );
+        assert!(
+            check_kernel(Path::new("/nowhere"))
+                .unwrap_err()
+                .contains("/nowhere")
+        );
     }
 }

@@ -39,7 +39,10 @@ impl Cgroup {
     /// `InvalidInput` for a parent that leaves the hierarchy.
     pub fn new(cgroup_parent: &str, systemd: bool, name: &str) -> io::Result<Self> {
         let path = parent_path(cgroup_parent, systemd).join(name);
-        if path.components().any(|part| !matches!(part, std::path::Component::Normal(_))) {
+        if path
+            .components()
+            .any(|part| !matches!(part, std::path::Component::Normal(_)))
+        {
             let text = format!("cgroup parent {cgroup_parent:?} must be a plain path");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
@@ -49,10 +52,19 @@ impl Cgroup {
         } else {
             // `cpu` and `cpuacct` are often one hierarchy under two names.
             let mut seen = BTreeSet::new();
-            let existing = V1_CONTROLLERS.iter().filter_map(|name| root.join(name).canonicalize().ok());
-            existing.filter(|hierarchy| seen.insert(hierarchy.clone())).collect()
+            let existing = V1_CONTROLLERS
+                .iter()
+                .filter_map(|name| root.join(name).canonicalize().ok());
+            existing
+                .filter(|hierarchy| seen.insert(hierarchy.clone()))
+                .collect()
         };
-        Ok(Self { directories: hierarchies.into_iter().map(|hierarchy| hierarchy.join(&path)).collect() })
+        Ok(Self {
+            directories: hierarchies
+                .into_iter()
+                .map(|hierarchy| hierarchy.join(&path))
+                .collect(),
+        })
     }
 
     /// Makes it in every hierarchy.
@@ -72,7 +84,9 @@ impl Cgroup {
     /// `cgroup.procs` that the VMM's process writes itself into before it runs.
     #[must_use]
     pub fn first_procs(&self) -> Option<PathBuf> {
-        self.directories.first().map(|directory| directory.join("cgroup.procs"))
+        self.directories
+            .first()
+            .map(|directory| directory.join("cgroup.procs"))
     }
 
     /// Moves a process into the hierarchies that it did not join itself.
@@ -82,7 +96,9 @@ impl Cgroup {
     pub fn adopt(&self, pid: u32) -> io::Result<()> {
         for directory in self.directories.iter().skip(1) {
             match std::fs::write(directory.join("cgroup.procs"), pid.to_string()) {
-                Err(error) if error.raw_os_error() != Some(libc::ESRCH) => return Err(named(error, directory)),
+                Err(error) if error.raw_os_error() != Some(libc::ESRCH) => {
+                    return Err(named(error, directory));
+                }
                 _ => {}
             }
         }
@@ -92,10 +108,17 @@ impl Cgroup {
     /// Process ids in any of the hierarchies.
     #[must_use]
     pub fn pids(&self) -> BTreeSet<i32> {
-        let texts = self.directories.iter().filter_map(|directory| {
-            std::fs::read_to_string(directory.join("cgroup.procs")).ok()
-        });
-        texts.flat_map(|text| text.lines().filter_map(|line| line.parse().ok()).collect::<Vec<_>>()).collect()
+        let texts = self
+            .directories
+            .iter()
+            .filter_map(|directory| std::fs::read_to_string(directory.join("cgroup.procs")).ok());
+        texts
+            .flat_map(|text| {
+                text.lines()
+                    .filter_map(|line| line.parse().ok())
+                    .collect::<Vec<_>>()
+            })
+            .collect()
     }
 
     /// Kills what is in it and removes it; fine when it is gone already. Blocks for at most `limit`.
@@ -109,10 +132,13 @@ impl Cgroup {
                 // A process that ended meanwhile is what is wanted.
                 let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGKILL);
             }
-            let failed = self.directories.iter().find_map(|directory| match std::fs::remove_dir(directory) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => Some(named(error, directory)),
-                _ => None,
-            });
+            let failed = self
+                .directories
+                .iter()
+                .find_map(|directory| match std::fs::remove_dir(directory) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => Some(named(error, directory)),
+                    _ => None,
+                });
             match failed {
                 None => return Ok(()),
                 Some(error) if Instant::now() >= deadline => return Err(error),
@@ -128,9 +154,14 @@ fn is_v2() -> bool {
 
 /// Makes the parents of a v2 cgroup and turns their controllers on, as far as the host has them.
 fn delegate(directory: &Path) -> io::Result<()> {
-    let Some(parent) = directory.parent() else { return Ok(()) };
+    let Some(parent) = directory.parent() else {
+        return Ok(());
+    };
     std::fs::create_dir_all(parent).map_err(|error| named(error, parent))?;
-    let mut ancestors: Vec<&Path> = parent.ancestors().take_while(|path| path.starts_with(ROOT)).collect();
+    let mut ancestors: Vec<&Path> = parent
+        .ancestors()
+        .take_while(|path| path.starts_with(ROOT))
+        .collect();
     ancestors.reverse();
     for ancestor in ancestors {
         let available = std::fs::read_to_string(ancestor.join("cgroup.controllers")).unwrap_or_default();
@@ -168,7 +199,10 @@ mod tests {
     #[test]
     fn a_parent_outside_is_refused() {
         for parent in ["/../x", "a/../../b"] {
-            assert_eq!(Cgroup::new(parent, false, "id").unwrap_err().kind(), io::ErrorKind::InvalidInput);
+            assert_eq!(
+                Cgroup::new(parent, false, "id").unwrap_err().kind(),
+                io::ErrorKind::InvalidInput
+            );
         }
     }
 
@@ -189,6 +223,9 @@ mod tests {
         cgroup.remove(Duration::from_secs(5)).unwrap();
         assert!(!reaper.join().unwrap().success());
         cgroup.remove(Duration::from_secs(5)).unwrap();
-        Cgroup::new("/", false, parent.trim_start_matches('/')).unwrap().remove(Duration::from_secs(5)).unwrap();
+        Cgroup::new("/", false, parent.trim_start_matches('/'))
+            .unwrap()
+            .remove(Duration::from_secs(5))
+            .unwrap();
     }
 }

@@ -32,11 +32,18 @@ impl VmUser {
     pub fn claim(directory: &Path, sandbox: &str) -> io::Result<Self> {
         std::fs::create_dir_all(directory)?;
         // Spread by a hash, so that the first try is nearly always free (FNV-1a).
-        let hash = sandbox.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+        let hash = sandbox.bytes().fold(0x811c_9dc5_u32, |hash, byte| {
+            (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
+        });
         for step in 0..IDS {
             let id = FIRST_ID + (hash.wrapping_add(step)) % IDS;
             let claim = directory.join(id.to_string());
-            match File::options().write(true).create_new(true).mode(0o600).open(&claim) {
+            match File::options()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(&claim)
+            {
                 Ok(mut file) => {
                     file.write_all(sandbox.as_bytes())?;
                     return Ok(Self { id, claim });
@@ -55,7 +62,10 @@ impl VmUser {
     /// The claim on `id` as [`Self::claim`] made it, after a restart.
     #[must_use]
     pub fn claimed(directory: &Path, id: u32) -> Self {
-        Self { id, claim: directory.join(id.to_string()) }
+        Self {
+            id,
+            claim: directory.join(id.to_string()),
+        }
     }
 
     /// The user and group id.
@@ -95,9 +105,14 @@ impl Confinement {
     /// # Errors
     /// When the network namespace or /dev/kvm cannot be opened.
     pub fn apply(&self, command: &mut Command, descriptors: Vec<RawFd>) -> io::Result<()> {
-        let netns = File::open(&self.netns)
-            .map_err(|error| io::Error::new(error.kind(), format!("open {}: {error}", self.netns.display())))?;
-        let procs = self.cgroup.first_procs().map(|path| File::options().write(true).open(path)).transpose()?;
+        let netns = File::open(&self.netns).map_err(|error| {
+            io::Error::new(error.kind(), format!("open {}: {error}", self.netns.display()))
+        })?;
+        let procs = self
+            .cgroup
+            .first_procs()
+            .map(|path| File::options().write(true).open(path))
+            .transpose()?;
         let mut groups: Vec<libc::gid_t> = Vec::new();
         if self.kvm {
             groups.push(std::fs::metadata("/dev/kvm")?.gid());
@@ -111,7 +126,10 @@ impl Confinement {
                     check(libc::write(procs.as_raw_fd(), b"0".as_ptr().cast(), 1))?;
                 }
                 check(libc::setns(netns.as_raw_fd(), libc::CLONE_NEWNET) as isize)?;
-                let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+                let none = libc::rlimit {
+                    rlim_cur: 0,
+                    rlim_max: 0,
+                };
                 check(libc::setrlimit(libc::RLIMIT_CORE, &none) as isize)?;
                 check(libc::setgroups(groups.len(), groups.as_ptr()) as isize)?;
                 check(libc::setresgid(id, id, id) as isize)?;
@@ -143,7 +161,11 @@ impl Confinement {
 }
 
 fn check(result: isize) -> io::Result<()> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 #[cfg(test)]

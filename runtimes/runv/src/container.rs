@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use catamaran_guest_protocol::v1::{ContainerRequest, ExecRequest, SignalRequest, StatsRequest, UpdateRequest};
+use catamaran_guest_protocol::v1::{
+    ContainerRequest, ExecRequest, SignalRequest, StatsRequest, UpdateRequest,
+};
 use catamaran_sandbox::shim_server::ShimError;
 use catamaran_sandbox::shim_server::backend::{ContainerBackend, ExecProcess, Process};
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
@@ -25,7 +27,10 @@ pub(crate) struct GuestContainer {
 
 impl GuestContainer {
     fn name(&self, exec: &str) -> Name {
-        Name { container: self.id.clone(), exec: exec.to_owned() }
+        Name {
+            container: self.id.clone(),
+            exec: exec.to_owned(),
+        }
     }
 
     /// True when the VM is gone, so nothing of the guest is left to undo.
@@ -38,13 +43,20 @@ impl GuestContainer {
 #[async_trait]
 impl ContainerBackend for GuestContainer {
     async fn start(&self) -> Result<(), ShimError> {
-        let request = ContainerRequest { container_id: self.id.clone() };
+        let request = ContainerRequest {
+            container_id: self.id.clone(),
+        };
         let answer = self.agent.clone().start_container(limited(request)).await;
-        answer.map(drop).map_err(|status| refused("start container", &status))
+        answer
+            .map(drop)
+            .map_err(|status| refused("start container", &status))
     }
 
     async fn exec(&self, request: ExecProcess) -> Result<Process, ShimError> {
-        let streams = Streams { terminal: request.terminal, stdin: request.stdin };
+        let streams = Streams {
+            terminal: request.terminal,
+            stdin: request.stdin,
+        };
         let message = ExecRequest {
             container_id: self.id.clone(),
             exec_id: request.exec_id.clone(),
@@ -52,15 +64,28 @@ impl ContainerBackend for GuestContainer {
             stdin: request.stdin,
         };
         let answer = self.agent.clone().exec(limited(message)).await;
-        let pid = answer.map_err(|status| refused("exec", &status))?.into_inner().pid;
-        Ok(adopt(&self.agent, &self.vmm, self.name(&request.exec_id), pid, streams))
+        let pid = answer
+            .map_err(|status| refused("exec", &status))?
+            .into_inner()
+            .pid;
+        Ok(adopt(
+            &self.agent,
+            &self.vmm,
+            self.name(&request.exec_id),
+            pid,
+            streams,
+        ))
     }
 
     async fn signal_all(&self, signal: i32) -> Result<(), ShimError> {
         let signal = u32::try_from(signal)
             .map_err(|_| ShimError::InvalidArgument(format!("signal {signal} does not exist")))?;
-        let request =
-            SignalRequest { container_id: self.id.clone(), exec_id: String::new(), signal, all: true };
+        let request = SignalRequest {
+            container_id: self.id.clone(),
+            exec_id: String::new(),
+            signal,
+            all: true,
+        };
         let answer = self.agent.clone().signal(limited(request)).await;
         answer.map(drop).map_err(|status| refused("signal", &status))
     }
@@ -78,23 +103,36 @@ impl ContainerBackend for GuestContainer {
     }
 
     async fn update(&self, resources: &[u8]) -> Result<(), ShimError> {
-        let request = UpdateRequest { container_id: self.id.clone(), resources: resources.to_vec() };
+        let request = UpdateRequest {
+            container_id: self.id.clone(),
+            resources: resources.to_vec(),
+        };
         let answer = self.agent.clone().update_resources(limited(request)).await;
-        answer.map(drop).map_err(|status| refused("update resources", &status))
+        answer
+            .map(drop)
+            .map_err(|status| refused("update resources", &status))
     }
 
     async fn stats(&self) -> Result<Any, ShimError> {
-        let request = StatsRequest { container_id: self.id.clone() };
+        let request = StatsRequest {
+            container_id: self.id.clone(),
+        };
         let answer = self.agent.clone().stats(limited(request)).await;
-        let stats = answer.map_err(|status| refused("statistics", &status))?.into_inner();
+        let stats = answer
+            .map_err(|status| refused("statistics", &status))?
+            .into_inner();
         crate::stats::metrics(&stats)
     }
 
     async fn pids(&self) -> Result<Vec<u32>, ShimError> {
-        Err(ShimError::Unimplemented("process ids of a container in a VM are the guest's own".to_owned()))
+        Err(ShimError::Unimplemented(
+            "process ids of a container in a VM are the guest's own".to_owned(),
+        ))
     }
 
     async fn freeze(&self, _frozen: bool) -> Result<(), ShimError> {
-        Err(ShimError::Unimplemented("a container in a VM cannot be paused".to_owned()))
+        Err(ShimError::Unimplemented(
+            "a container in a VM cannot be paused".to_owned(),
+        ))
     }
 }

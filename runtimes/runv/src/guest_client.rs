@@ -46,7 +46,9 @@ pub async fn connect(stream: UnixStream) -> Result<(Agent, HelloResponse), Guest
     let clock_ns = i64::try_from(now.as_nanos()).unwrap_or(i64::MAX);
     let entropy = random::<ENTROPY_BYTES>()?.to_vec();
     let hello = agent.hello(limited(HelloRequest { clock_ns, entropy })).await;
-    let mut hello = hello.map_err(|status| GuestError::Hello(printable(status.message())))?.into_inner();
+    let mut hello = hello
+        .map_err(|status| GuestError::Hello(printable(status.message())))?
+        .into_inner();
     hello.kernel_release = printable(&hello.kernel_release).chars().take(64).collect();
     hello.agent_version = printable(&hello.agent_version).chars().take(64).collect();
     Ok((agent, hello))
@@ -83,7 +85,10 @@ pub fn refused(doing: &str, status: &tonic::Status) -> ShimError {
 
 /// What the guest says, as people may see it: without control characters and short.
 pub fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(600).collect()
+    text.chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .take(600)
+        .collect()
 }
 
 #[cfg(test)]

@@ -16,8 +16,10 @@ const NAME: &str = "containerd-shim-catamaran-runv-v2";
 const KILLED: u32 = 137;
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> =
-        std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
+    let arguments: Vec<String> = std::env::args_os()
+        .skip(1)
+        .map(|word| word.to_string_lossy().into_owned())
+        .collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["probe"] => probe(),
         ["guest", "build", ..] => guest_build(&arguments[2..]),
@@ -28,7 +30,10 @@ fn main() -> ExitCode {
 /// Prints the verdict as one line of JSON.
 fn probe() -> ExitCode {
     let verdict = catamaran_runv::probe::probe();
-    println!("{}", serde_json::json!({ "usable": verdict.usable, "reason": verdict.reason }));
+    println!(
+        "{}",
+        serde_json::json!({ "usable": verdict.usable, "reason": verdict.reason })
+    );
     ExitCode::SUCCESS
 }
 

@@ -37,7 +37,10 @@ pub(crate) struct Name {
 
 impl Name {
     pub(crate) fn request(&self) -> ProcessRequest {
-        ProcessRequest { container_id: self.container.clone(), exec_id: self.exec.clone() }
+        ProcessRequest {
+            container_id: self.container.clone(),
+            exec_id: self.exec.clone(),
+        }
     }
 }
 
@@ -69,7 +72,10 @@ pub(crate) fn adopt(agent: &Agent, vmm: &Arc<dyn Vmm>, name: Name, pid: u32, str
         stdin,
         stdout: Some(Box::new(stdout) as Reader),
         stderr: (!streams.terminal).then(|| Box::new(stderr) as Reader),
-        control: Arc::new(Control { agent: agent.clone(), name }),
+        control: Arc::new(Control {
+            agent: agent.clone(),
+            name,
+        }),
         exit,
     }
 }
@@ -188,7 +194,11 @@ impl Control {
             signal,
             all: false,
         };
-        self.agent.clone().signal(limited(request)).await.map_err(|status| refused("signal", &status))?;
+        self.agent
+            .clone()
+            .signal(limited(request))
+            .await
+            .map_err(|status| refused("signal", &status))?;
         Ok(())
     }
 }
@@ -213,7 +223,9 @@ impl ProcessControl for Control {
             height: height.into(),
         };
         let answer = self.agent.clone().resize_terminal(limited(request)).await;
-        answer.map(drop).map_err(|status| refused("resize terminal", &status))
+        answer
+            .map(drop)
+            .map_err(|status| refused("resize terminal", &status))
     }
 }
 
@@ -223,18 +235,28 @@ impl ProcessControl for Control {
 /// The agent's, when nothing listens there.
 pub(crate) async fn connect(mut agent: Agent, port: u16) -> Result<Box<dyn Duplex>, ShimError> {
     let (sender, receiver) = mpsc::channel(2);
-    let first = PortChunk { port: port.into(), data: Vec::new(), eof: false };
+    let first = PortChunk {
+        port: port.into(),
+        data: Vec::new(),
+        eof: false,
+    };
     // Just made, with room for two.
     let _ = sender.try_send(first);
     let answer = agent.port_forward(ReceiverStream::new(receiver)).await;
-    let mut chunks = answer.map_err(|status| refused(&format!("port {port}"), &status))?.into_inner();
+    let mut chunks = answer
+        .map_err(|status| refused(&format!("port {port}"), &status))?
+        .into_inner();
     let (ours, theirs) = tokio::io::duplex(BUFFER);
     let (mut input, mut output) = tokio::io::split(theirs);
     tokio::spawn(async move {
         let mut buffer = vec![0; MAX_CHUNK_BYTES];
         loop {
             let length = input.read(&mut buffer).await.unwrap_or(0);
-            let chunk = PortChunk { port: 0, data: buffer[..length].to_vec(), eof: length == 0 };
+            let chunk = PortChunk {
+                port: 0,
+                data: buffer[..length].to_vec(),
+                eof: length == 0,
+            };
             if sender.send(chunk).await.is_err() || length == 0 {
                 return;
             }

@@ -39,7 +39,11 @@ pub struct CleanupError {
 /// Where claims of VM users are: beside the pods' directories, one for the node.
 #[must_use]
 pub fn users_directory(bundle: &Path) -> PathBuf {
-    bundle.ancestors().nth(2).unwrap_or(Path::new("/")).join("vm-users")
+    bundle
+        .ancestors()
+        .nth(2)
+        .unwrap_or(Path::new("/"))
+        .join("vm-users")
 }
 
 impl Record {
@@ -85,7 +89,10 @@ pub fn clean_up(bundle: &Path) -> Result<(), CleanupError> {
         if let Err(source) = result {
             tracing::warn!(action, error = %source, "clean-up failed");
             if first.is_ok() {
-                first = Err(CleanupError { action: action.to_owned(), source });
+                first = Err(CleanupError {
+                    action: action.to_owned(),
+                    source,
+                });
             }
         }
     };
@@ -100,7 +107,10 @@ pub fn clean_up(bundle: &Path) -> Result<(), CleanupError> {
         let removed = record.cgroup().and_then(|cgroup| cgroup.remove(REMOVE_LIMIT));
         step("remove the VM's cgroup", removed.map_err(Into::into));
     }
-    step("remove the shared directory", Share::remove(bundle).map_err(Into::into));
+    step(
+        "remove the shared directory",
+        Share::remove(bundle).map_err(Into::into),
+    );
     if let Some(record) = &record {
         // Claiming again finds this sandbox's own claim.
         let released = VmUser::claim(&users_directory(bundle), &record.id).and_then(|user| user.release());
@@ -109,7 +119,10 @@ pub fn clean_up(bundle: &Path) -> Result<(), CleanupError> {
     if first.is_ok() {
         match std::fs::remove_file(bundle.join(FILE)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(CleanupError { action: "remove the VM's record".to_owned(), source: error.into() });
+                return Err(CleanupError {
+                    action: "remove the VM's record".to_owned(),
+                    source: error.into(),
+                });
             }
             _ => {}
         }
@@ -127,7 +140,11 @@ mod tests {
         let bundle = state.path().join("pods/x");
         std::fs::create_dir_all(&bundle).unwrap();
         clean_up(&bundle).unwrap();
-        let record = Record { id: "x".into(), cgroup_parent: "/p".into(), systemd_cgroup: false };
+        let record = Record {
+            id: "x".into(),
+            cgroup_parent: "/p".into(),
+            systemd_cgroup: false,
+        };
         record.write(&bundle).unwrap();
         assert_eq!(Record::read(&bundle).unwrap(), Some(record));
     }

@@ -14,8 +14,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use catamaran_guest_protocol::v1::{
-    ConfigureInterfaceRequest, ConfigureSandboxRequest, CreateContainerRequest, Empty, MountRequest, Neighbour,
-    Route,
+    ConfigureInterfaceRequest, ConfigureSandboxRequest, CreateContainerRequest, Empty, MountRequest,
+    Neighbour, Route,
 };
 use catamaran_sandbox::bootstrap::Context;
 use catamaran_sandbox::pod_spec::{Acceleration, PidNamespace, PodSpec, RuntimeSpec, VmSpec, info};
@@ -83,7 +83,9 @@ impl VmSandbox {
 
     fn running(&self) -> Result<Arc<Running>, ShimError> {
         let machine = self.machine.lock().unwrap_or_else(PoisonError::into_inner);
-        machine.clone().ok_or_else(|| ShimError::FailedPrecondition("the pod's VM is not made".to_owned()))
+        machine
+            .clone()
+            .ok_or_else(|| ShimError::FailedPrecondition("the pod's VM is not made".to_owned()))
     }
 
     async fn make(&self, spec: PodSpec, bundle: &Path) -> Result<Running, ShimError> {
@@ -94,13 +96,20 @@ impl VmSandbox {
             cgroup_parent: spec.cgroup_parent.clone(),
             systemd_cgroup: spec.systemd_cgroup,
         };
-        let cgroup = record.cgroup().map_err(|error| ShimError::InvalidArgument(error.to_string()))?;
+        let cgroup = record
+            .cgroup()
+            .map_err(|error| ShimError::InvalidArgument(error.to_string()))?;
         record.write(bundle).map_err(step("write the VM's record"))?;
         let user = VmUser::claim(&record::users_directory(bundle), &self.id).map_err(step("claim a user"))?;
         cgroup.create().map_err(step("make the VM's cgroup"))?;
         let share = Share::create(bundle).map_err(|error| ShimError::Internal(chain(&error)))?;
         let kvm = vm.acceleration == Acceleration::Kvm;
-        let confinement = Confinement { id: user.id(), netns: netns.clone(), cgroup, kvm };
+        let confinement = Confinement {
+            id: user.id(),
+            netns: netns.clone(),
+            cgroup,
+            kvm,
+        };
         let boot = boot::begin(format!("catamaran-{}", self.id), &vm, &confinement).await?;
         let (vmm, console) = (Arc::clone(&boot.vmm), boot.console.clone());
         let boot: BootResult = boot.wait().boxed().shared();
@@ -232,19 +241,32 @@ impl SandboxBackend for VmSandbox {
     ) -> Result<(Arc<dyn ContainerBackend>, Process), ShimError> {
         let running = self.running()?;
         let agent = running.agent().await?;
-        running.shared.get_or_try_init(|| running.mount_share(&agent)).await?;
+        running
+            .shared
+            .get_or_try_init(|| running.mount_share(&agent))
+            .await?;
         let made = running.make_container(&agent, &request).await;
         let pid = match made {
             Ok(pid) => pid,
             Err(error) => {
                 if let Err(undo) = running.share.remove_container(&request.id) {
-                    tracing::warn!(container = request.id, error = chain(&undo), "undoing a failed container");
+                    tracing::warn!(
+                        container = request.id,
+                        error = chain(&undo),
+                        "undoing a failed container"
+                    );
                 }
                 return Err(error);
             }
         };
-        let name = Name { container: request.id.clone(), exec: String::new() };
-        let streams = Streams { terminal: request.terminal, stdin: request.stdin };
+        let name = Name {
+            container: request.id.clone(),
+            exec: String::new(),
+        };
+        let streams = Streams {
+            terminal: request.terminal,
+            stdin: request.stdin,
+        };
         let process = adopt(&agent, &running.vmm, name, pid, streams);
         let container = GuestContainer {
             id: request.id,
@@ -264,12 +286,24 @@ impl Running {
     /// Every interface that CNI left in the namespace appears in the guest.
     async fn join_network(&self, agent: &Agent) -> Result<(), ShimError> {
         let failed = |why: String| failure(Stage::Network, why, None);
-        let attached = network::attach(&self.netns).await.map_err(|error| failed(chain(&error)))?;
+        let attached = network::attach(&self.netns)
+            .await
+            .map_err(|error| failed(chain(&error)))?;
         for (number, Attached { interface, tap }) in attached.into_iter().enumerate() {
-            let nic = Nic { id: format!("nic{number}"), tap, mac: interface.mac };
-            self.vmm.plug_nic(nic).await.map_err(|error| failed(chain(&error)))?;
+            let nic = Nic {
+                id: format!("nic{number}"),
+                tap,
+                mac: interface.mac,
+            };
+            self.vmm
+                .plug_nic(nic)
+                .await
+                .map_err(|error| failed(chain(&error)))?;
             let name = interface.name.clone();
-            let answer = agent.clone().configure_interface(limited(interface_request(interface))).await;
+            let answer = agent
+                .clone()
+                .configure_interface(limited(interface_request(interface)))
+                .await;
             answer.map_err(|status| failed(refused(&name, &status).to_string()))?;
         }
         Ok(())
@@ -283,7 +317,9 @@ impl Running {
             shm_bytes: self.spec.shm_bytes,
         };
         let answer = agent.clone().configure_sandbox(limited(request)).await;
-        answer.map(drop).map_err(|status| refused("configure the guest", &status))
+        answer
+            .map(drop)
+            .map_err(|status| refused("configure the guest", &status))
     }
 
     /// Starts virtiofsd, plugs its device and mounts it in the guest.
@@ -295,8 +331,14 @@ impl Running {
         let started = share::serve(&self.share, &vm.virtiofsd, &self.confinement.cgroup).await;
         let (daemon, back_end) = started.map_err(|error| failed(chain(&error)))?;
         *self.virtiofsd.lock().await = Some(daemon);
-        let device = SharedFs { tag: share::TAG.to_owned(), back_end };
-        self.vmm.plug_shared_fs(device).await.map_err(|error| failed(chain(&error)))?;
+        let device = SharedFs {
+            tag: share::TAG.to_owned(),
+            back_end,
+        };
+        self.vmm
+            .plug_shared_fs(device)
+            .await
+            .map_err(|error| failed(chain(&error)))?;
         let request = MountRequest {
             r#type: "virtiofs".to_owned(),
             source: share::TAG.to_owned(),
@@ -328,7 +370,10 @@ impl Running {
             .map_err(|error| ShimError::internal(format!("read {}", config.display()), &error))?;
         let mut spec: serde_json::Value = serde_json::from_slice(&bytes)
             .map_err(|error| ShimError::InvalidArgument(format!("config.json: {error}")))?;
-        let root = self.share.mount_rootfs(&request.id, &request.rootfs).map_err(of_share)?;
+        let root = self
+            .share
+            .mount_rootfs(&request.id, &request.rootfs)
+            .map_err(of_share)?;
         oci::rewrite(&mut spec, &self.share, &request.id, &root).map_err(of_share)?;
         let message = CreateContainerRequest {
             container_id: request.id.clone(),
@@ -336,7 +381,10 @@ impl Running {
             stdin: request.stdin,
         };
         let answer = agent.clone().create_container(limited(message)).await;
-        Ok(answer.map_err(|status| refused("create container", &status))?.into_inner().pid)
+        Ok(answer
+            .map_err(|status| refused("create container", &status))?
+            .into_inner()
+            .pid)
     }
 
     /// Ends the VM: in order where the guest answers, by force otherwise.

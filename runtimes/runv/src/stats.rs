@@ -26,14 +26,20 @@ pub(crate) fn metrics(stats: &StatsResponse) -> Result<Any, ShimError> {
         usage: stats.memory_usage_bytes,
         usage_limit: stats.memory_limit_bytes,
         // The working set is the usage without inactive file pages; readers compute it back from these.
-        inactive_file: stats.memory_usage_bytes.saturating_sub(stats.memory_working_set_bytes),
+        inactive_file: stats
+            .memory_usage_bytes
+            .saturating_sub(stats.memory_working_set_bytes),
         anon: stats.memory_rss_bytes,
         pgfault: stats.page_faults,
         pgmajfault: stats.major_page_faults,
         swap_usage: stats.swap_usage_bytes,
         ..Default::default()
     };
-    let io = IOEntry { rbytes: stats.io_read_bytes, wbytes: stats.io_write_bytes, ..Default::default() };
+    let io = IOEntry {
+        rbytes: stats.io_read_bytes,
+        wbytes: stats.io_write_bytes,
+        ..Default::default()
+    };
     let metrics = Metrics {
         pids: MessageField::some(PidsStat {
             current: stats.pids,
@@ -42,11 +48,20 @@ pub(crate) fn metrics(stats: &StatsResponse) -> Result<Any, ShimError> {
         }),
         cpu: MessageField::some(cpu),
         memory: MessageField::some(memory),
-        io: MessageField::some(IOStat { usage: vec![io], ..Default::default() }),
+        io: MessageField::some(IOStat {
+            usage: vec![io],
+            ..Default::default()
+        }),
         ..Default::default()
     };
-    let value = metrics.write_to_bytes().map_err(|error| ShimError::internal("encode statistics", &error))?;
-    Ok(Any { type_url: TYPE.to_owned(), value, ..Default::default() })
+    let value = metrics
+        .write_to_bytes()
+        .map_err(|error| ShimError::internal("encode statistics", &error))?;
+    Ok(Any {
+        type_url: TYPE.to_owned(),
+        value,
+        ..Default::default()
+    })
 }
 
 #[cfg(test)]

@@ -40,7 +40,8 @@ impl Archive {
     fn entry(&mut self, path: &str, mode: u32, device: (u32, u32), content: &[u8]) {
         self.inode += 1;
         let inode = self.inode;
-        let size = u32::try_from(content.len()).expect("the format holds files below 4 GiB, and so does ours");
+        let size =
+            u32::try_from(content.len()).expect("the format holds files below 4 GiB, and so does ours");
         self.header(path.trim_start_matches('/'), mode, device, size, inode);
         self.bytes.extend_from_slice(content);
         self.pad();
@@ -49,7 +50,9 @@ impl Archive {
     fn header(&mut self, name: &str, mode: u32, (major, minor): (u32, u32), size: u32, inode: u32) {
         let name_size = u32::try_from(name.len() + 1).expect("paths are short");
         let links = 1;
-        let fields = [inode, mode, 0, 0, links, 0, size, 0, 0, major, minor, name_size, 0];
+        let fields = [
+            inode, mode, 0, 0, links, 0, size, 0, 0, major, minor, name_size, 0,
+        ];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {
             self.bytes.extend_from_slice(format!("{field:08x}").as_bytes());
@@ -97,8 +100,14 @@ mod tests {
         let root = unpack(&archive.finish());
         let init = root.path().join("init");
         assert_eq!(std::fs::read(&init).unwrap(), b"hello");
-        assert_eq!(std::fs::metadata(&init).unwrap().permissions().mode() & 0o777, 0o755);
-        assert_eq!(std::fs::read(root.path().join("modules/a.ko")).unwrap(), [7; 4097]);
+        assert_eq!(
+            std::fs::metadata(&init).unwrap().permissions().mode() & 0o777,
+            0o755
+        );
+        assert_eq!(
+            std::fs::read(root.path().join("modules/a.ko")).unwrap(),
+            [7; 4097]
+        );
         let console = std::fs::metadata(root.path().join("dev/console")).unwrap();
         assert!(console.file_type().is_char_device());
         assert_eq!(console.rdev(), 0x501);

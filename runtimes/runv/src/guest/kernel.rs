@@ -63,7 +63,11 @@ impl Kernel {
                 .ok_or(KernelError::NoRelease)?;
             Self { elf, release }
         };
-        if has_pvh_note(&kernel.elf)? { Ok(kernel) } else { Err(KernelError::NoPvh) }
+        if has_pvh_note(&kernel.elf)? {
+            Ok(kernel)
+        } else {
+            Err(KernelError::NoPvh)
+        }
     }
 }
 
@@ -94,7 +98,9 @@ fn payload(file: &[u8]) -> Result<&[u8], KernelError> {
         return Err(KernelError::Format);
     }
     if u16_at(file, 0x206).unwrap_or(0) < 0x208 {
-        return Err(KernelError::Damaged("its boot protocol is older than 2.08 and names no payload"));
+        return Err(KernelError::Damaged(
+            "its boot protocol is older than 2.08 and names no payload",
+        ));
     }
     let outside = KernelError::Damaged("its payload is outside the file");
     let range = || {
@@ -120,13 +126,17 @@ fn decompress(payload: &[u8]) -> Result<Vec<u8>, KernelError> {
         [0x02, 0x21, 0x4c, 0x18, ..] => ("lz4", lz4_legacy(bare)),
         [0x5d, 0, 0, ..] => (
             "lzma",
-            liblzma::stream::Stream::new_lzma_decoder(u64::MAX).map_err(std::io::Error::from).and_then(
-                |stream| read_bounded(liblzma::read::XzDecoder::new_stream(payload, stream)),
-            ),
+            liblzma::stream::Stream::new_lzma_decoder(u64::MAX)
+                .map_err(std::io::Error::from)
+                .and_then(|stream| read_bounded(liblzma::read::XzDecoder::new_stream(payload, stream))),
         ),
         [b'B', b'Z', b'h', ..] => ("bzip2", read_bounded(bzip2::read::BzDecoder::new(payload))),
         [0x7f, b'E', b'L', b'F', ..] => return Ok(payload.to_vec()),
-        _ => return Err(KernelError::Compression(hex::encode(&payload[..payload.len().min(6)]))),
+        _ => {
+            return Err(KernelError::Compression(hex::encode(
+                &payload[..payload.len().min(6)],
+            )));
+        }
     };
     result.map_err(|source| KernelError::Decompress { format, source })
 }
@@ -180,7 +190,12 @@ fn release_in_banner(elf: &[u8]) -> Option<String> {
 
 /// The first word, when it looks like a release; it becomes a directory's name.
 fn release_word(text: &[u8]) -> Option<String> {
-    let word: Vec<u8> = text.iter().copied().take(65).take_while(|c| !matches!(c, b' ' | 0)).collect();
+    let word: Vec<u8> = text
+        .iter()
+        .copied()
+        .take(65)
+        .take_while(|c| !matches!(c, b' ' | 0))
+        .collect();
     let good = |c: &u8| c.is_ascii_alphanumeric() || b"._+-~".contains(c);
     let ok = word.len() <= 64 && word.first().is_some_and(u8::is_ascii_digit) && word.iter().all(good);
     ok.then(|| String::from_utf8_lossy(&word).into_owned())
@@ -298,7 +313,8 @@ mod tests {
             if command[0] != "gzip" {
                 payload.extend_from_slice(&size);
             }
-            let kernel = Kernel::read(bzimage(&payload)).unwrap_or_else(|error| panic!("{command:?}: {error}"));
+            let kernel =
+                Kernel::read(bzimage(&payload)).unwrap_or_else(|error| panic!("{command:?}: {error}"));
             assert_eq!(kernel.elf, plain, "{command:?}");
             assert_eq!(kernel.release, "6.1.0-test");
         }
@@ -312,9 +328,15 @@ mod tests {
 
     #[test]
     fn what_is_no_kernel_is_refused() {
-        assert!(matches!(Kernel::read(b"#!/bin/sh".to_vec()), Err(KernelError::Format)));
+        assert!(matches!(
+            Kernel::read(b"#!/bin/sh".to_vec()),
+            Err(KernelError::Format)
+        ));
         assert!(matches!(Kernel::read(Vec::new()), Err(KernelError::Format)));
-        assert!(matches!(Kernel::read(bzimage(b"garbage!")), Err(KernelError::Compression(_))));
+        assert!(matches!(
+            Kernel::read(bzimage(b"garbage!")),
+            Err(KernelError::Compression(_))
+        ));
         let cut = bzimage(&compressed(&["gzip", "-c"], &elf(18))[..40]);
         assert!(matches!(Kernel::read(cut), Err(KernelError::Decompress { .. })));
     }
@@ -325,7 +347,9 @@ mod tests {
         for entry in std::fs::read_dir("/boot").unwrap() {
             let path = entry.unwrap().path();
             let name = path.file_name().unwrap().to_string_lossy().into_owned();
-            let Some(release) = name.strip_prefix("vmlinuz-") else { continue };
+            let Some(release) = name.strip_prefix("vmlinuz-") else {
+                continue;
+            };
             let kernel = Kernel::read(std::fs::read(&path).unwrap()).unwrap();
             assert_eq!(kernel.release, release);
             assert!(kernel.elf.starts_with(b"\x7fELF"));

@@ -106,7 +106,9 @@ impl Options {
                     )));
                 }
             };
-            let value = words.next().ok_or_else(|| BuildError::Usage(format!("{word} needs a value")))?;
+            let value = words
+                .next()
+                .ok_or_else(|| BuildError::Usage(format!("{word} needs a value")))?;
             *target = Some(PathBuf::from(value));
         }
         Ok(options)
@@ -121,7 +123,10 @@ pub fn build(options: &Options) -> Result<PathBuf, BuildError> {
     let kernel_path = options.kernel.clone().map_or_else(newest_kernel, Ok)?;
     let source = std::fs::read(&kernel_path).map_err(io("read", &kernel_path))?;
     let kernel_source_sha256 = hex::encode(Sha256::digest(&source));
-    let kernel = Kernel::read(source).map_err(|source| BuildError::Kernel { path: kernel_path, source })?;
+    let kernel = Kernel::read(source).map_err(|source| BuildError::Kernel {
+        path: kernel_path,
+        source,
+    })?;
     let agent_path = options.agent.clone().map_or_else(find_agent, Ok)?;
     let agent = std::fs::read(&agent_path).map_err(io("read", &agent_path))?;
     if !is_static_executable(&agent) {
@@ -131,7 +136,11 @@ pub fn build(options: &Options) -> Result<PathBuf, BuildError> {
         Some(directory) => modules::collect(directory)?,
         None => {
             let directory = Path::new("/lib/modules").join(&kernel.release);
-            if directory.exists() { modules::collect(&directory)? } else { Vec::new() }
+            if directory.exists() {
+                modules::collect(&directory)?
+            } else {
+                Vec::new()
+            }
         }
     };
     let manifest = GuestImage {
@@ -143,9 +152,18 @@ pub fn build(options: &Options) -> Result<PathBuf, BuildError> {
         agent_sha256: hex::encode(Sha256::digest(&agent)),
         modules: modules.iter().map(|module| module.path.clone()).collect(),
     };
-    let output = options.output.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_OUTPUT));
+    let output = options
+        .output
+        .clone()
+        .unwrap_or_else(|| PathBuf::from(DEFAULT_OUTPUT));
     std::fs::create_dir_all(&output).map_err(io("make", &output))?;
-    publish(&output, &manifest, &kernel.elf, &initramfs(&agent, &modules), options.keep_default)
+    publish(
+        &output,
+        &manifest,
+        &kernel.elf,
+        &initramfs(&agent, &modules),
+        options.keep_default,
+    )
 }
 
 /// The initramfs: uncompressed, since under emulation the guest unpacks more slowly than the VMM copies.
@@ -182,7 +200,11 @@ fn publish(
         .tempdir_in(output)
         .map_err(io("make a directory in", output))?;
     let text = serde_json::to_vec_pretty(manifest).expect("a manifest of strings is always JSON");
-    for (name, content) in [(&manifest.kernel[..], kernel), (&manifest.initramfs, initramfs), (MANIFEST, &text)] {
+    for (name, content) in [
+        (&manifest.kernel[..], kernel),
+        (&manifest.initramfs, initramfs),
+        (MANIFEST, &text),
+    ] {
         let path = fresh.path().join(name);
         let write = || {
             let mut file = std::fs::File::create(&path)?;
@@ -196,8 +218,14 @@ fn publish(
     if release.exists() {
         // Both names stay valid at every moment; what was there before goes with the temporary directory.
         let exchange = nix::fcntl::RenameFlags::RENAME_EXCHANGE;
-        nix::fcntl::renameat2(nix::fcntl::AT_FDCWD, fresh.path(), nix::fcntl::AT_FDCWD, &release, exchange)
-            .map_err(|errno| io("replace", &release)(errno.into()))?;
+        nix::fcntl::renameat2(
+            nix::fcntl::AT_FDCWD,
+            fresh.path(),
+            nix::fcntl::AT_FDCWD,
+            &release,
+            exchange,
+        )
+        .map_err(|errno| io("replace", &release)(errno.into()))?;
     } else {
         std::fs::rename(fresh.keep(), &release).map_err(io("rename to", &release))?;
     }
@@ -209,7 +237,9 @@ fn publish(
             .and_then(|()| std::fs::rename(&fresh, &link))
             .map_err(io("link", &link))?;
     }
-    std::fs::File::open(output).and_then(|directory| directory.sync_all()).map_err(io("sync", output))?;
+    std::fs::File::open(output)
+        .and_then(|directory| directory.sync_all())
+        .map_err(io("sync", output))?;
     Ok(release)
 }
 
@@ -219,7 +249,13 @@ fn newest_kernel() -> Result<PathBuf, BuildError> {
     let entries = std::fs::read_dir(boot).map_err(io("list", boot))?;
     entries
         .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.strip_prefix("vmlinuz-").map(str::to_owned))
+        .filter_map(|entry| {
+            entry
+                .file_name()
+                .to_str()?
+                .strip_prefix("vmlinuz-")
+                .map(str::to_owned)
+        })
         .max_by_key(|release| version_key(release))
         .map(|release| boot.join(format!("vmlinuz-{release}")))
         .ok_or(BuildError::NoKernel)
@@ -234,9 +270,14 @@ fn version_key(release: &str) -> Vec<(u64, String)> {
 }
 
 fn find_agent() -> Result<PathBuf, BuildError> {
-    let beside = std::env::current_exe().ok().and_then(|path| Some(path.parent()?.join(AGENT)));
+    let beside = std::env::current_exe()
+        .ok()
+        .and_then(|path| Some(path.parent()?.join(AGENT)));
     let places = beside.into_iter().chain([Path::new(INSTALLED).join(AGENT)]);
-    places.into_iter().find(|path| path.is_file()).ok_or(BuildError::NoAgent)
+    places
+        .into_iter()
+        .find(|path| path.is_file())
+        .ok_or(BuildError::NoAgent)
 }
 
 /// An x86-64 ELF executable without an interpreter (PT_INTERP).
@@ -246,7 +287,9 @@ fn is_static_executable(file: &[u8]) -> bool {
         (file.get(..6)? == b"\x7fELF\x02\x01" && u16_at(18)? == 62).then_some(())?;
         let table = usize::try_from(u64::from_le_bytes(file.get(32..40)?.try_into().ok()?)).ok()?;
         let (size, count) = (usize::from(u16_at(54)?), usize::from(u16_at(56)?));
-        (0..count).map(|index| u16_at(table.checked_add(index * size)?)).collect::<Option<Vec<_>>>()
+        (0..count)
+            .map(|index| u16_at(table.checked_add(index * size)?))
+            .collect::<Option<Vec<_>>>()
     };
     header().is_some_and(|kinds| !kinds.contains(&3))
 }
@@ -269,9 +312,20 @@ mod tests {
 
     #[test]
     fn versions_sort_as_numbers() {
-        let mut releases = ["6.12.117+deb12-cloud-amd64", "6.1.0-56-cloud-amd64", "6.1.0-9-cloud-amd64"];
+        let mut releases = [
+            "6.12.117+deb12-cloud-amd64",
+            "6.1.0-56-cloud-amd64",
+            "6.1.0-9-cloud-amd64",
+        ];
         releases.sort_by_key(|release| version_key(release));
-        assert_eq!(releases, ["6.1.0-9-cloud-amd64", "6.1.0-56-cloud-amd64", "6.12.117+deb12-cloud-amd64"]);
+        assert_eq!(
+            releases,
+            [
+                "6.1.0-9-cloud-amd64",
+                "6.1.0-56-cloud-amd64",
+                "6.12.117+deb12-cloud-amd64"
+            ]
+        );
     }
 
     #[test]
@@ -281,9 +335,14 @@ mod tests {
         publish(output.path(), &image("6.12"), b"k", b"i", true).unwrap();
         let release = publish(output.path(), &image("6.1"), b"new", b"i", true).unwrap();
         assert_eq!(std::fs::read(release.join("vmlinux")).unwrap(), b"new");
-        assert_eq!(std::fs::read_link(output.path().join(DEFAULT_LINK)).unwrap(), Path::new("6.1"));
-        let mut names: Vec<_> =
-            std::fs::read_dir(output.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(
+            std::fs::read_link(output.path().join(DEFAULT_LINK)).unwrap(),
+            Path::new("6.1")
+        );
+        let mut names: Vec<_> = std::fs::read_dir(output.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
         names.sort();
         assert_eq!(names, ["6.1", "6.12", "default"]);
         assert_eq!(GuestImage::read(&release).unwrap().kernel_release, "6.1");
@@ -291,7 +350,10 @@ mod tests {
 
     #[test]
     fn the_same_input_gives_the_same_bytes() {
-        let modules = [Module { path: "kernel/a.ko".into(), content: vec![1, 2] }];
+        let modules = [Module {
+            path: "kernel/a.ko".into(),
+            content: vec![1, 2],
+        }];
         assert_eq!(initramfs(b"agent", &modules), initramfs(b"agent", &modules));
     }
 

@@ -74,7 +74,11 @@ pub(super) fn collect(directory: &Path) -> Result<Vec<Module>, ModulesError> {
             return Err(ModulesError::Missing(name, directory.to_owned()));
         }
     }
-    index.order(WANTED).into_iter().map(|path| load(directory, path)).collect()
+    index
+        .order(WANTED)
+        .into_iter()
+        .map(|path| load(directory, path))
+        .collect()
 }
 
 fn load(directory: &Path, path: &str) -> Result<Module, ModulesError> {
@@ -82,7 +86,10 @@ fn load(directory: &Path, path: &str) -> Result<Module, ModulesError> {
     let content = std::fs::read(&file)
         .and_then(|content| decompress(path, content))
         .map_err(|source| ModulesError::Read { path: file, source })?;
-    Ok(Module { path: uncompressed_path(path).to_owned(), content })
+    Ok(Module {
+        path: uncompressed_path(path).to_owned(),
+        content,
+    })
 }
 
 fn uncompressed_path(path: &str) -> &str {
@@ -120,7 +127,10 @@ impl<'a> Index<'a> {
             let (path, needs) = line.split_once(':')?;
             Some((name_of(path), (path, needs.split_whitespace().collect())))
         });
-        Self { files: files.collect(), builtin: builtin.lines().map(name_of).collect() }
+        Self {
+            files: files.collect(),
+            builtin: builtin.lines().map(name_of).collect(),
+        }
     }
 
     /// Paths of `wanted` and their dependencies, each after what it depends on.
@@ -136,7 +146,9 @@ impl<'a> Index<'a> {
     }
 
     fn visit(&self, name: &str, done: &mut BTreeSet<String>, order: &mut Vec<&'a str>) {
-        let Some((path, needs)) = self.files.get(name) else { return };
+        let Some((path, needs)) = self.files.get(name) else {
+            return;
+        };
         if !done.insert(name.to_owned()) {
             return;
         }
@@ -182,7 +194,10 @@ mod tests {
         let error = collect(directory.path()).unwrap_err();
         assert_eq!(
             error.to_string(),
-            format!("the kernel has no virtio_pci, neither built in nor in {}", directory.path().display())
+            format!(
+                "the kernel has no virtio_pci, neither built in nor in {}",
+                directory.path().display()
+            )
         );
     }
 
@@ -194,7 +209,11 @@ mod tests {
                 continue;
             }
             let modules = collect(&entry.path()).unwrap();
-            assert!(modules.iter().all(|module| module.content.starts_with(b"\x7fELF")));
+            assert!(
+                modules
+                    .iter()
+                    .all(|module| module.content.starts_with(b"\x7fELF"))
+            );
             assert!(modules.iter().all(|module| module.path.ends_with(".ko")));
             seen += 1;
         }

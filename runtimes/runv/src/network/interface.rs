@@ -67,36 +67,67 @@ pub struct Neighbour {
 pub(super) async fn list(handle: &Handle) -> Result<Vec<Interface>, NetworkError> {
     let listed = |interface: &str| {
         let interface = interface.to_owned();
-        move |source| NetworkError::Netlink { action: "list", interface, source }
+        move |source| NetworkError::Netlink {
+            action: "list",
+            interface,
+            source,
+        }
     };
-    let links: Vec<LinkMessage> =
-        handle.link().get().execute().try_collect().await.map_err(listed("the pod's interfaces"))?;
-    let mut interfaces =
-        links.iter().filter_map(from_link).collect::<Result<Vec<Interface>, NetworkError>>()?;
+    let links: Vec<LinkMessage> = handle
+        .link()
+        .get()
+        .execute()
+        .try_collect()
+        .await
+        .map_err(listed("the pod's interfaces"))?;
+    let mut interfaces = links
+        .iter()
+        .filter_map(from_link)
+        .collect::<Result<Vec<Interface>, NetworkError>>()?;
     if interfaces.is_empty() {
         return Ok(interfaces);
     }
-    let addresses: Vec<AddressMessage> =
-        handle.address().get().execute().try_collect().await.map_err(listed("the pod's addresses"))?;
+    let addresses: Vec<AddressMessage> = handle
+        .address()
+        .get()
+        .execute()
+        .try_collect()
+        .await
+        .map_err(listed("the pod's addresses"))?;
     let mut routes: Vec<RouteMessage> = Vec::new();
     for version in [IpVersion::V4, IpVersion::V6] {
         let query = match version {
             IpVersion::V4 => RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(),
             IpVersion::V6 => RouteMessageBuilder::<std::net::Ipv6Addr>::new().build(),
         };
-        let found: Vec<RouteMessage> =
-            handle.route().get(query).execute().try_collect().await.map_err(listed("the pod's routes"))?;
+        let found: Vec<RouteMessage> = handle
+            .route()
+            .get(query)
+            .execute()
+            .try_collect()
+            .await
+            .map_err(listed("the pod's routes"))?;
         routes.extend(found);
     }
-    let neighbours: Vec<NeighbourMessage> =
-        handle.neighbours().get().execute().try_collect().await.map_err(listed("the pod's neighbours"))?;
+    let neighbours: Vec<NeighbourMessage> = handle
+        .neighbours()
+        .get()
+        .execute()
+        .try_collect()
+        .await
+        .map_err(listed("the pod's neighbours"))?;
     for interface in &mut interfaces {
         let index = interface.index;
         let own = addresses.iter().filter(|address| address.header.index == index);
         interface.addresses = own.filter_map(from_address).collect();
-        interface.routes = routes.iter().filter_map(|route| from_route(route, index)).collect();
+        interface.routes = routes
+            .iter()
+            .filter_map(|route| from_route(route, index))
+            .collect();
         interface.routes.sort_by_key(|route| route.gateway.is_some());
-        let own = neighbours.iter().filter(|neighbour| neighbour.header.ifindex == index);
+        let own = neighbours
+            .iter()
+            .filter(|neighbour| neighbour.header.ifindex == index);
         interface.neighbours = own.filter_map(from_neighbour).collect();
     }
     Ok(interfaces)
@@ -217,5 +248,9 @@ fn from_neighbour(message: &NeighbourMessage) -> Option<Neighbour> {
     }
     // Without a hardware address it is the kernel's own entry (multicast, broadcast).
     (mac.len() == 6).then_some(())?;
-    Some(Neighbour { address: address?, mac, state: message.header.state.into() })
+    Some(Neighbour {
+        address: address?,
+        mac,
+        state: message.header.state.into(),
+    })
 }

@@ -68,11 +68,12 @@ pub struct Attached {
 /// [`NetworkError`]; taps that were made are gone then.
 pub async fn attach(netns: &Path) -> Result<Vec<Attached>, NetworkError> {
     within(netns, || async {
-        let (connection, handle, _) = rtnetlink::new_connection().map_err(|source| NetworkError::Netlink {
-            action: "open netlink in",
-            interface: "the network namespace".to_owned(),
-            source: rtnetlink::Error::NamespaceError(source.to_string()),
-        })?;
+        let (connection, handle, _) =
+            rtnetlink::new_connection().map_err(|source| NetworkError::Netlink {
+                action: "open netlink in",
+                interface: "the network namespace".to_owned(),
+                source: rtnetlink::Error::NamespaceError(source.to_string()),
+            })?;
         let connection = tokio::spawn(connection);
         let attached = attach_all(&handle).await;
         connection.abort();
@@ -107,8 +108,12 @@ where
         let failed = failed.clone();
         move || {
             let namespace = File::open(&path).map_err(failed.clone())?;
-            setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET).map_err(|errno| failed.clone()(errno.into()))?;
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+            setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET)
+                .map_err(|errno| failed.clone()(errno.into()))?;
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .map_err(failed)?;
             runtime.block_on(make())
         }
     };

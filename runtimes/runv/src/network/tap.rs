@@ -10,8 +10,8 @@ use rtnetlink::packet_route::link::LinkAttribute;
 use rtnetlink::packet_route::tc::TcHandle;
 use rtnetlink::{Handle, LinkUnspec};
 
-use super::interface::Interface;
 use super::NetworkError;
+use super::interface::Interface;
 
 /// ETH_P_ALL in network byte order.
 const ALL_PROTOCOLS: u16 = 0x0003_u16.to_be();
@@ -32,21 +32,34 @@ struct InterfaceRequest {
 pub(super) async fn join(handle: &Handle, interface: &Interface) -> Result<OwnedFd, NetworkError> {
     let name = format!("cattap{}", interface.index);
     let (tap, index) = {
-        let tap = open(&name).map_err(|source| NetworkError::Tap { name: name.clone(), source })?;
+        let tap = open(&name).map_err(|source| NetworkError::Tap {
+            name: name.clone(),
+            source,
+        })?;
         let index = index_of(handle, &name).await?;
         (tap, index)
     };
     let refused = |action, interface: &str| {
         let interface = interface.to_owned();
-        move |source| NetworkError::Netlink { action, interface, source }
+        move |source| NetworkError::Netlink {
+            action,
+            interface,
+            source,
+        }
     };
     // The host's own IPv6 shall not speak into the guest's network card. A host without IPv6 has no such file.
     let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
     let up = LinkUnspec::new_with_index(index).mtu(interface.mtu).up().build();
-    handle.link().set(up).execute().await.map_err(refused("bring up", &name))?;
-    for (from, to, from_name) in
-        [(interface.index, index, &interface.name), (index, interface.index, &name)]
-    {
+    handle
+        .link()
+        .set(up)
+        .execute()
+        .await
+        .map_err(refused("bring up", &name))?;
+    for (from, to, from_name) in [
+        (interface.index, index, &interface.name),
+        (index, interface.index, &name),
+    ] {
         let from = i32::try_from(from).unwrap_or(i32::MAX);
         match handle.qdisc().add(from).ingress().execute().await {
             // An earlier attempt's; its filters are replaced below.
@@ -55,11 +68,22 @@ pub(super) async fn join(handle: &Handle, interface: &Interface) -> Result<Owned
                 clear.message_mut().header.parent = TcHandle::INGRESS;
                 clear.message_mut().header.handle = TcHandle::from(INGRESS);
                 clear.execute().await.map_err(refused("clear", from_name))?;
-                handle.qdisc().add(from).ingress().execute().await.map_err(refused("redirect", from_name))?;
+                handle
+                    .qdisc()
+                    .add(from)
+                    .ingress()
+                    .execute()
+                    .await
+                    .map_err(refused("redirect", from_name))?;
             }
             other => other.map_err(refused("redirect", from_name))?,
         }
-        let filter = handle.traffic_filter(from).add().parent(INGRESS).priority(1).protocol(ALL_PROTOCOLS);
+        let filter = handle
+            .traffic_filter(from)
+            .add()
+            .parent(INGRESS)
+            .priority(1)
+            .protocol(ALL_PROTOCOLS);
         let filter = filter.redirect(to).map_err(refused("redirect", from_name))?;
         filter.execute().await.map_err(refused("redirect", from_name))?;
     }
@@ -67,11 +91,24 @@ pub(super) async fn join(handle: &Handle, interface: &Interface) -> Result<Owned
 }
 
 async fn index_of(handle: &Handle, name: &str) -> Result<u32, NetworkError> {
-    let found = handle.link().get().match_name(name.to_owned()).execute().try_next().await;
-    let refused = |source| NetworkError::Netlink { action: "find", interface: name.to_owned(), source };
+    let found = handle
+        .link()
+        .get()
+        .match_name(name.to_owned())
+        .execute()
+        .try_next()
+        .await;
+    let refused = |source| NetworkError::Netlink {
+        action: "find",
+        interface: name.to_owned(),
+        source,
+    };
     let link = found.map_err(refused)?.ok_or_else(|| {
         let source = std::io::Error::from_raw_os_error(libc::ENODEV);
-        NetworkError::Tap { name: name.to_owned(), source }
+        NetworkError::Tap {
+            name: name.to_owned(),
+            source,
+        }
     })?;
     debug_assert!(link.attributes.contains(&LinkAttribute::IfName(name.to_owned())));
     Ok(link.header.index)

@@ -29,7 +29,10 @@ pub struct Verdict {
 
 impl Verdict {
     fn unusable(reason: impl Into<String>) -> Self {
-        Self { usable: false, reason: reason.into() }
+        Self {
+            usable: false,
+            reason: reason.into(),
+        }
     }
 }
 
@@ -77,9 +80,10 @@ fn run_bounded(trial: fn() -> Result<(), String>, limit: Duration) -> Verdict {
     // A vCPU that hangs inside the kernel dies from SIGKILL, but not always at once: do not wait for ever.
     let ended = reap(child, started + limit + Duration::from_millis(400));
     match (answered, answer.as_str(), ended) {
-        (true, "ok", _) => {
-            Verdict { usable: true, reason: format!("a vCPU ran in {} ms", started.elapsed().as_millis()) }
-        }
+        (true, "ok", _) => Verdict {
+            usable: true,
+            reason: format!("a vCPU ran in {} ms", started.elapsed().as_millis()),
+        },
         (false, ..) => Verdict::unusable(format!(
             "a vCPU did not finish a few thousand instructions within {} ms",
             limit.as_millis()

@@ -28,7 +28,9 @@ pub(super) fn run() -> Result<(), String> {
     if version != 12 {
         return Err(format!("/dev/kvm has API version {version}, not 12"));
     }
-    let vm = kvm.create_vm().map_err(|error| format!("cannot create a VM: {error}"))?;
+    let vm = kvm
+        .create_vm()
+        .map_err(|error| format!("cannot create a VM: {error}"))?;
     let memory = Memory::new()?;
     memory.fill();
     let region = kvm_userspace_memory_region {
@@ -39,12 +41,16 @@ pub(super) fn run() -> Result<(), String> {
         userspace_addr: memory.address as u64,
     };
     // SAFETY: the mapping outlives the VM (declared before it is dropped, and the process leaves after this).
-    unsafe { vm.set_user_memory_region(region) }.map_err(|error| format!("cannot give a VM memory: {error}"))?;
-    let mut vcpu = vm.create_vcpu(0).map_err(|error| format!("cannot create a vCPU: {error}"))?;
+    unsafe { vm.set_user_memory_region(region) }
+        .map_err(|error| format!("cannot give a VM memory: {error}"))?;
+    let mut vcpu = vm
+        .create_vcpu(0)
+        .map_err(|error| format!("cannot create a vCPU: {error}"))?;
     let cpuid = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(|error| format!("cannot read the supported cpuid: {error}"))?;
-    vcpu.set_cpuid2(&cpuid).map_err(|error| format!("cannot set a vCPU's cpuid: {error}"))?;
+    vcpu.set_cpuid2(&cpuid)
+        .map_err(|error| format!("cannot set a vCPU's cpuid: {error}"))?;
     enter_long_mode(&vcpu)?;
     loop {
         return match vcpu.run() {
@@ -75,7 +81,13 @@ fn enter_long_mode(vcpu: &VcpuFd) -> Result<(), String> {
         unusable: 0,
         padding: 0,
     };
-    let data = kvm_segment { selector: 16, type_: 3, l: 0, db: 1, ..code };
+    let data = kvm_segment {
+        selector: 16,
+        type_: 3,
+        l: 0,
+        db: 1,
+        ..code
+    };
     special.cs = code;
     (special.ds, special.es, special.fs, special.gs, special.ss) = (data, data, data, data, data);
     special.gdt.base = GDT;
@@ -85,7 +97,12 @@ fn enter_long_mode(vcpu: &VcpuFd) -> Result<(), String> {
     special.cr0 = 1 | 1 << 1 | 1 << 5 | 1 << 31; // PE, MP, NE, PG
     special.efer = 1 << 8 | 1 << 10; // LME, LMA
     vcpu.set_sregs(&special).map_err(failed)?;
-    let general = kvm_regs { rip: CODE, rsp: STACK, rflags: 2, ..Default::default() };
+    let general = kvm_regs {
+        rip: CODE,
+        rsp: STACK,
+        rflags: 2,
+        ..Default::default()
+    };
     vcpu.set_regs(&general).map_err(failed)
 }
 
@@ -141,9 +158,14 @@ impl Memory {
             )
         };
         if address == libc::MAP_FAILED {
-            return Err(format!("cannot map guest memory: {}", std::io::Error::last_os_error()));
+            return Err(format!(
+                "cannot map guest memory: {}",
+                std::io::Error::last_os_error()
+            ));
         }
-        Ok(Self { address: address.cast() })
+        Ok(Self {
+            address: address.cast(),
+        })
     }
 
     /// Page tables that map the first 2 MiB onto themselves, a flat GDT and the program.
@@ -159,7 +181,10 @@ impl Memory {
 
     fn put(&self, at: u64, bytes: &[u8]) {
         let at = usize::try_from(at).expect("guest addresses are below 64 KiB");
-        assert!(at + bytes.len() <= MEMORY, "guest memory is large enough for the constants above");
+        assert!(
+            at + bytes.len() <= MEMORY,
+            "guest memory is large enough for the constants above"
+        );
         // SAFETY: inside the mapping by the check above; nobody else has the address.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.address.add(at), bytes.len()) }
     }

@@ -74,7 +74,10 @@ impl Share {
     pub fn create(bundle: &Path) -> Result<Self, ShareError> {
         let directory = bundle.join(DIRECTORY);
         make_directory(&directory)?;
-        if mounts::below(&directory).first().is_none_or(|first| *first != directory) {
+        if mounts::below(&directory)
+            .first()
+            .is_none_or(|first| *first != directory)
+        {
             let failed = mount_failed(&directory.to_string_lossy(), &directory);
             let none: Option<&str> = None;
             mount(Some(&directory), &directory, none, MsFlags::MS_BIND, none)
@@ -100,11 +103,16 @@ impl Share {
         for mount in rootfs {
             let target = match mount.target.trim_start_matches('/') {
                 "" => root.clone(),
-                path if Path::new(path).components().all(|part| matches!(part, std::path::Component::Normal(_))) => {
+                path if Path::new(path)
+                    .components()
+                    .all(|part| matches!(part, std::path::Component::Normal(_))) =>
+                {
                     root.join(path)
                 }
                 path => {
-                    return Err(ShareError::Refused(format!("root file system mount target {path:?} leaves it")));
+                    return Err(ShareError::Refused(format!(
+                        "root file system mount target {path:?} leaves it"
+                    )));
                 }
             };
             mounts::mount_options(&mount.fs_type, &mount.source, &target, &mount.options)
@@ -129,13 +137,20 @@ impl Share {
         make_directory(&parent)?;
         let target = parent.join(number.to_string());
         let kind = std::fs::metadata(source)
-            .map_err(|error| ShareError::File { action: "find", path: source.to_owned(), source: error })?
+            .map_err(|error| ShareError::File {
+                action: "find",
+                path: source.to_owned(),
+                source: error,
+            })?
             .file_type();
         if kind.is_dir() {
             make_directory(&target)?;
         } else if kind.is_file() {
-            std::fs::File::create(&target)
-                .map_err(|error| ShareError::File { action: "make", path: target.clone(), source: error })?;
+            std::fs::File::create(&target).map_err(|error| ShareError::File {
+                action: "make",
+                path: target.clone(),
+                source: error,
+            })?;
         } else {
             return Err(ShareError::Refused(format!(
                 "mount source {} is no file or directory: sockets, pipes and devices of the host cannot be \
@@ -214,7 +229,11 @@ fn make_directory(path: &Path) -> Result<(), ShareError> {
 
 fn mount_failed(source_path: &str, target: &Path) -> impl FnOnce(io::Error) -> ShareError + use<> {
     let (source_path, target) = (source_path.to_owned(), target.to_owned());
-    move |source| ShareError::Mount { source_path, target, source }
+    move |source| ShareError::Mount {
+        source_path,
+        target,
+        source,
+    }
 }
 
 /// A connected socket to a new virtiofsd that serves the share.
@@ -228,5 +247,8 @@ pub async fn serve(
 ) -> Result<(Virtiofsd, OwnedFd), ShareError> {
     virtiofsd::start(program, share.directory(), cgroup)
         .await
-        .map_err(|source| ShareError::Daemon { program: program.to_owned(), source })
+        .map_err(|source| ShareError::Daemon {
+            program: program.to_owned(),
+            source,
+        })
 }

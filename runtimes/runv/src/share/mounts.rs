@@ -51,10 +51,22 @@ pub fn mount_options(fs_type: &str, source: &str, target: &Path, options: &[Stri
     }
     let none: Option<&str> = None;
     if flags.contains(MsFlags::MS_BIND) {
-        mount(Some(source), target, none, flags & (MsFlags::MS_BIND | MsFlags::MS_REC), none)?;
+        mount(
+            Some(source),
+            target,
+            none,
+            flags & (MsFlags::MS_BIND | MsFlags::MS_REC),
+            none,
+        )?;
         let restrictions = flags & !(MsFlags::MS_BIND | MsFlags::MS_REC);
         if !restrictions.is_empty() {
-            mount(none, target, none, restrictions | MsFlags::MS_BIND | MsFlags::MS_REMOUNT, none)?;
+            mount(
+                none,
+                target,
+                none,
+                restrictions | MsFlags::MS_BIND | MsFlags::MS_REMOUNT,
+                none,
+            )?;
         }
         return Ok(());
     }
@@ -68,11 +80,19 @@ pub fn mount_options(fs_type: &str, source: &str, target: &Path, options: &[Stri
 /// The kernel's.
 pub fn bind(source: &Path, target: &Path, binding: &Binding) -> io::Result<()> {
     let none: Option<&str> = None;
-    let depth = if binding.recursive { MsFlags::MS_REC } else { MsFlags::empty() };
+    let depth = if binding.recursive {
+        MsFlags::MS_REC
+    } else {
+        MsFlags::empty()
+    };
     mount(Some(source), target, none, MsFlags::MS_BIND | depth, none)?;
     // Nothing that the guest or virtiofsd does may travel to the host; what the host mounts travels to the guest
     // only where the container asked for that.
-    let propagation = if binding.follows_host { MsFlags::MS_SLAVE } else { MsFlags::MS_PRIVATE };
+    let propagation = if binding.follows_host {
+        MsFlags::MS_SLAVE
+    } else {
+        MsFlags::MS_PRIVATE
+    };
     mount(none, target, none, propagation | depth, none)?;
     // virtiofsd's copy of this mount was made with it; the share's own propagation is what reaches it.
     if binding.follows_host {
@@ -97,19 +117,27 @@ fn flags_of(target: &Path) -> io::Result<MsFlags> {
         (FsFlags::ST_NOATIME, MsFlags::MS_NOATIME),
         (FsFlags::ST_RELATIME, MsFlags::MS_RELATIME),
     ];
-    Ok(pairs.iter().filter(|(had, _)| flags.contains(*had)).map(|(_, keep)| *keep).collect())
+    Ok(pairs
+        .iter()
+        .filter(|(had, _)| flags.contains(*had))
+        .map(|(_, keep)| *keep)
+        .collect())
 }
 
 /// Mount points at or below `directory`, outermost first.
 #[must_use]
 pub fn below(directory: &Path) -> Vec<PathBuf> {
     let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    mount_points(&text).filter(|path| path.starts_with(directory)).collect()
+    mount_points(&text)
+        .filter(|path| path.starts_with(directory))
+        .collect()
 }
 
 /// The fifth field of each line of mountinfo (proc(5)), unescaped.
 fn mount_points(text: &str) -> impl Iterator<Item = PathBuf> + '_ {
-    text.lines().filter_map(|line| line.split(' ').nth(4)).map(|field| PathBuf::from(unescape(field)))
+    text.lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .map(|field| PathBuf::from(unescape(field)))
 }
 
 /// mountinfo writes space, tab, line end and backslash as three octal digits.
@@ -168,13 +196,19 @@ mod tests {
     #[test]
     fn options_are_split() {
         let options = ["lowerdir=/a:/b", "ro", "nosuid", "rw", "index=off"].map(str::to_owned);
-        assert_eq!(split_options(&options), (MsFlags::MS_NOSUID, "lowerdir=/a:/b,index=off".to_owned()));
+        assert_eq!(
+            split_options(&options),
+            (MsFlags::MS_NOSUID, "lowerdir=/a:/b,index=off".to_owned())
+        );
     }
 
     #[test]
     fn escaped_mount_points_are_read() {
         let text = "1 2 0:3 / /with\\040space\\134x rw shared:1 - tmpfs none rw\n";
-        assert_eq!(mount_points(text).collect::<Vec<_>>(), [PathBuf::from("/with space\\x")]);
+        assert_eq!(
+            mount_points(text).collect::<Vec<_>>(),
+            [PathBuf::from("/with space\\x")]
+        );
     }
 
     proptest! {

@@ -34,12 +34,7 @@ struct Bind {
 ///
 /// # Errors
 /// [`ShareError`]; what was mounted is for [`Share::remove_container`].
-pub fn rewrite(
-    spec: &mut Value,
-    share: &Share,
-    container: &str,
-    guest_root: &str,
-) -> Result<(), ShareError> {
+pub fn rewrite(spec: &mut Value, share: &Share, container: &str, guest_root: &str) -> Result<(), ShareError> {
     refuse_hooks(spec)?;
     let root = spec.get_mut("root").and_then(Value::as_object_mut);
     let root = root.ok_or_else(|| ShareError::Refused("config.json has no root".to_owned()))?;
@@ -54,15 +49,25 @@ pub fn rewrite(
 /// Hooks are programs of the host: in the guest they would not exist, and on the host they would see no container.
 fn refuse_hooks(spec: &Value) -> Result<(), ShareError> {
     let hooks = spec.get("hooks").and_then(Value::as_object);
-    let set = hooks.is_some_and(|hooks| hooks.values().any(|list| list.as_array().is_some_and(|l| !l.is_empty())));
+    let set = hooks.is_some_and(|hooks| {
+        hooks
+            .values()
+            .any(|list| list.as_array().is_some_and(|l| !l.is_empty()))
+    });
     if set {
-        return Err(ShareError::Refused("config.json has hooks: a container in a VM cannot have any".to_owned()));
+        return Err(ShareError::Refused(
+            "config.json has hooks: a container in a VM cannot have any".to_owned(),
+        ));
     }
     Ok(())
 }
 
 fn binds(spec: &Value) -> Result<Vec<Bind>, ShareError> {
-    let mounts = spec.get("mounts").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let mounts = spec
+        .get("mounts")
+        .and_then(Value::as_array)
+        .map(Vec::as_slice)
+        .unwrap_or_default();
     let mut binds = Vec::new();
     for (index, mount) in mounts.iter().enumerate() {
         let options: Vec<&str> = mount
@@ -79,14 +84,20 @@ fn binds(spec: &Value) -> Result<Vec<Bind>, ShareError> {
         if source == GUEST_SHM {
             continue;
         }
-        let destination = mount.get("destination").and_then(Value::as_str).unwrap_or_default();
+        let destination = mount
+            .get("destination")
+            .and_then(Value::as_str)
+            .unwrap_or_default();
         let path = Path::new(source);
         if !path.is_absolute() {
             return Err(ShareError::Refused(format!(
                 "the source {source:?} of the mount at {destination} is no absolute path"
             )));
         }
-        if options.iter().any(|option| matches!(*option, "shared" | "rshared")) {
+        if options
+            .iter()
+            .any(|option| matches!(*option, "shared" | "rshared"))
+        {
             return Err(ShareError::Refused(format!(
                 "the mount at {destination} has bidirectional propagation: what is mounted in a VM cannot appear \
                  on the host"
@@ -130,12 +141,20 @@ mod tests {
                 Bind {
                     index: 2,
                     source: "/host/data".into(),
-                    binding: Binding { recursive: true, read_only: true, follows_host: true },
+                    binding: Binding {
+                        recursive: true,
+                        read_only: true,
+                        follows_host: true
+                    },
                 },
                 Bind {
                     index: 3,
                     source: "/host/f".into(),
-                    binding: Binding { recursive: false, read_only: false, follows_host: false },
+                    binding: Binding {
+                        recursive: false,
+                        read_only: false,
+                        follows_host: false
+                    },
                 },
             ]
         );
@@ -176,12 +195,18 @@ mod tests {
         assert_eq!(std::fs::read_to_string(mounts.join("0/file")).unwrap(), "content");
         assert!(std::fs::write(mounts.join("0/file"), "x").is_err());
         std::fs::write(mounts.join("1"), "changed").unwrap();
-        assert_eq!(std::fs::read_to_string(data.path().join("file")).unwrap(), "changed");
+        assert_eq!(
+            std::fs::read_to_string(data.path().join("file")).unwrap(),
+            "changed"
+        );
         share.remove_container("c1").unwrap();
         share.remove_container("c1").unwrap();
         Share::remove(bundle.path()).unwrap();
         assert!(super::super::mounts::below(bundle.path()).is_empty());
-        assert_eq!(std::fs::read_to_string(data.path().join("file")).unwrap(), "changed");
+        assert_eq!(
+            std::fs::read_to_string(data.path().join("file")).unwrap(),
+            "changed"
+        );
         assert!(!bundle.path().join("share").exists());
     }
 

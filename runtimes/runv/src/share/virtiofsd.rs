@@ -42,15 +42,24 @@ impl Virtiofsd {
 }
 
 async fn flavour(program: &Path) -> io::Result<Flavour> {
-    let output = Command::new(program).arg("--help").stdin(Stdio::null()).output().await?;
+    let output = Command::new(program)
+        .arg("--help")
+        .stdin(Stdio::null())
+        .output()
+        .await?;
     let text = [output.stdout, output.stderr].concat();
-    let has = |needle: &str| text.windows(needle.len()).any(|window| window == needle.as_bytes());
+    let has = |needle: &str| {
+        text.windows(needle.len())
+            .any(|window| window == needle.as_bytes())
+    };
     if has("--shared-dir") {
         Ok(Flavour::Rust)
     } else if has("source=PATH") {
         Ok(Flavour::C)
     } else {
-        Err(io::Error::other("its --help is neither that of QEMU's virtiofsd nor that of the Rust one"))
+        Err(io::Error::other(
+            "its --help is neither that of QEMU's virtiofsd nor that of the Rust one",
+        ))
     }
 }
 
@@ -70,7 +79,11 @@ pub(super) async fn start(
     let (listener, connected) = socket_pair_by_name(&path)?;
     let mut command = Command::new(program);
     command.args(arguments(flavour, directory, listener.as_raw_fd()));
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
     inherit(&mut command, listener.as_raw_fd());
     let mut child = command.spawn()?;
     drop(listener);
@@ -80,10 +93,18 @@ pub(super) async fn start(
         }
         cgroup.adopt(pid)?;
     }
-    let words = child.stderr.take().map(|stream| Tail::follow(stream).0).unwrap_or_default();
+    let words = child
+        .stderr
+        .take()
+        .map(|stream| Tail::follow(stream).0)
+        .unwrap_or_default();
     // Wrong arguments end it at once; a later end shows at the VMM.
     if let Ok(status) = tokio::time::timeout(Duration::from_millis(15), child.wait()).await {
-        return Err(io::Error::other(format!("{}: {}", status?, words.last_lines(3).join("; "))));
+        return Err(io::Error::other(format!(
+            "{}: {}",
+            status?,
+            words.last_lines(3).join("; ")
+        )));
     }
     Ok((Virtiofsd { child, words }, connected))
 }
@@ -93,7 +114,9 @@ fn socket_pair_by_name(path: &Path) -> io::Result<(OwnedFd, OwnedFd)> {
     // The path may be longer than a socket address: bind and connect by way of the open directory.
     let directory = std::fs::File::open(path.parent().unwrap_or(Path::new("/")))?;
     let name = path.file_name().unwrap_or_default();
-    let short = Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string()).join(name);
+    let short = Path::new("/proc/self/fd")
+        .join(directory.as_raw_fd().to_string())
+        .join(name);
     let listener = std::os::unix::net::UnixListener::bind(&short)?;
     let connected = std::os::unix::net::UnixStream::connect(&short);
     std::fs::remove_file(path)?;
@@ -106,8 +129,8 @@ fn arguments(flavour: Flavour, directory: &Path, socket: i32) -> Vec<std::ffi::O
         Flavour::C => {
             let mut source = std::ffi::OsString::from("source=");
             source.push(directory);
-            // Sub-mounts are not announced: a container's volumes must look like plain directories.
-            let options = "cache=auto,sandbox=namespace,xattr,no_announce_submounts,log_level=warn";
+            // Sub-mounts are not announced unless asked for: a container's volumes must look like plain directories.
+            let options = "cache=auto,sandbox=namespace,xattr,log_level=warn";
             words.extend(["-f".into(), "--rlimit-nofile=0".into(), "-o".into(), source]);
             words.extend(["-o".into(), options.into()]);
         }
@@ -128,12 +151,17 @@ fn inherit(command: &mut Command, socket: i32) {
     let child = move || {
         // SAFETY: only system calls with memory of this frame.
         unsafe {
-            let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+            let mut limit = libc::rlimit {
+                rlim_cur: 0,
+                rlim_max: 0,
+            };
             if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
                 limit.rlim_cur = limit.rlim_max;
                 libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
             }
-            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) < 0 || libc::fcntl(socket, libc::F_SETFD, 0) < 0 {
+            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) < 0
+                || libc::fcntl(socket, libc::F_SETFD, 0) < 0
+            {
                 return Err(io::Error::last_os_error());
             }
             if libc::getppid() != shim.as_raw() {

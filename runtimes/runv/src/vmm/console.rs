@@ -44,15 +44,38 @@ impl Tail {
         let (front, back) = bytes.as_slices();
         let joined = [front, back].concat();
         let text = String::from_utf8_lossy(&joined).replace("\r\n", "\n");
-        text.chars().map(|c| if c.is_control() && c != '\n' && c != '\t' { '\u{b7}' } else { c }).collect()
+        text.chars()
+            .map(|c| {
+                if c.is_control() && c != '\n' && c != '\t' {
+                    '\u{b7}'
+                } else {
+                    c
+                }
+            })
+            .collect()
     }
 
     /// The last `count` lines that are not empty, each of at most 200 characters.
     #[must_use]
     pub fn last_lines(&self, count: usize) -> Vec<String> {
         let text = self.text();
-        let lines: Vec<&str> = text.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
-        lines[lines.len().saturating_sub(count)..].iter().map(|line| line.chars().take(200).collect()).collect()
+        let lines: Vec<&str> = text
+            .lines()
+            .map(str::trim_end)
+            .filter(|line| !line.is_empty())
+            .collect();
+        lines[lines.len().saturating_sub(count)..]
+            .iter()
+            .map(|line| line.chars().take(200).collect())
+            .collect()
+    }
+
+    /// The last line with `needle` in it, of at most 200 characters.
+    #[must_use]
+    pub fn line_with(&self, needle: &str) -> Option<String> {
+        let text = self.text();
+        let line = text.lines().rfind(|line| line.contains(needle))?;
+        Some(line.trim_end().chars().take(200).collect())
     }
 
     /// True when `needle` is in what is kept.

@@ -58,7 +58,10 @@ pub struct Started {
 /// # Errors
 /// [`VmmError`]; nothing of the process is left then.
 pub async fn start(machine: &Machine, confinement: &Confinement) -> Result<Started, VmmError> {
-    let failed = |source| VmmError::Start { program: machine.program.clone(), source };
+    let failed = |source| VmmError::Start {
+        program: machine.program.clone(),
+        source,
+    };
     let (qmp, qmp_theirs) = stream_pair().map_err(failed)?;
     let (agent, agent_theirs) = stream_pair().map_err(failed)?;
     let (console, console_theirs) = stream_pair().map_err(failed)?;
@@ -85,11 +88,17 @@ pub async fn start(machine: &Machine, confinement: &Confinement) -> Result<Start
         .stderr(Stdio::piped())
         .kill_on_drop(true);
     let descriptors = inherited.all().map(|descriptor| descriptor.as_raw_fd());
-    confinement.apply(&mut command, descriptors.to_vec()).map_err(failed)?;
+    confinement
+        .apply(&mut command, descriptors.to_vec())
+        .map_err(failed)?;
     let mut child = command.spawn().map_err(failed)?;
     drop(inherited);
     let pid = child.id().unwrap_or_default();
-    let words = child.stderr.take().map(|stream| Tail::follow(stream).0).unwrap_or_default();
+    let words = child
+        .stderr
+        .take()
+        .map(|stream| Tail::follow(stream).0)
+        .unwrap_or_default();
     confinement.adopt(pid).map_err(failed)?;
     let (console, _) = Tail::follow(console);
     let connected = tokio::select! {
@@ -110,8 +119,22 @@ pub async fn start(machine: &Machine, confinement: &Confinement) -> Result<Start
     let (sender, ended) = watch::channel(None);
     let (kill, killed) = mpsc::channel(1);
     let port_opened = Arc::new(AtomicBool::new(false));
-    tokio::spawn(supervise(child, killed, events, words, sender, Arc::clone(&port_opened)));
-    let vmm = Qemu { pid, qmp, ports: Mutex::new((0..PORTS).collect()), ended, kill, port_opened };
+    tokio::spawn(supervise(
+        child,
+        killed,
+        events,
+        words,
+        sender,
+        Arc::clone(&port_opened),
+    ));
+    let vmm = Qemu {
+        pid,
+        qmp,
+        ports: Mutex::new((0..PORTS).collect()),
+        ended,
+        kill,
+        port_opened,
+    };
     Ok(Started { vmm, agent, console })
 }
 
@@ -126,7 +149,14 @@ struct Inherited {
 
 impl Inherited {
     fn all(&self) -> [BorrowedFd<'_>; 5] {
-        [&self.qmp, &self.agent, &self.console, &self.kernel, &self.initramfs].map(AsFd::as_fd)
+        [
+            &self.qmp,
+            &self.agent,
+            &self.console,
+            &self.kernel,
+            &self.initramfs,
+        ]
+        .map(AsFd::as_fd)
     }
 }
 
@@ -167,24 +197,36 @@ fn arguments(machine: &Machine, inherited: &Inherited) -> Vec<OsString> {
     .to_vec();
     let mut put = |option: &str, value: String| words.extend([option.to_owned(), value]);
     put("-name", format!("guest={}", escaped(&machine.name)));
-    put("-machine", "q35,memory-backend=ram,sata=off,smbus=off,vmport=off,usb=off,graphics=off".to_owned());
+    put(
+        "-machine",
+        "q35,memory-backend=ram,sata=off,smbus=off,vmport=off,usb=off,graphics=off".to_owned(),
+    );
     put("-accel", accelerator.to_owned());
     put("-cpu", cpu.to_owned());
     put("-smp", machine.cpus.to_string());
     put("-m", format!("{memory}M"));
     // Shared, so that the back end of a shared file system can reach it.
-    put("-object", format!("memory-backend-memfd,id=ram,size={memory}M,share=on"));
+    put(
+        "-object",
+        format!("memory-backend-memfd,id=ram,size={memory}M,share=on"),
+    );
     put("-chardev", socket("qmp", &inherited.qmp));
     put("-mon", "chardev=qmp,mode=control".to_owned());
     put("-chardev", socket("console", &inherited.console));
     put("-serial", "chardev:console".to_owned());
     put("-chardev", socket("agent", &inherited.agent));
     put("-device", "virtio-serial-pci,id=serial,max_ports=2".to_owned());
-    put("-device", format!("virtserialport,bus=serial.0,chardev=agent,name={PORT_NAME}"));
+    put(
+        "-device",
+        format!("virtserialport,bus=serial.0,chardev=agent,name={PORT_NAME}"),
+    );
     put("-device", "virtio-rng-pci".to_owned());
     for port in 0..PORTS {
         let number = port + 1;
-        put("-device", format!("pcie-root-port,id=port{port},chassis={number},slot={number}"));
+        put(
+            "-device",
+            format!("pcie-root-port,id=port{port},chassis={number},slot={number}"),
+        );
     }
     put("-kernel", file(&inherited.kernel));
     put("-initrd", file(&inherited.initramfs));
@@ -246,8 +288,15 @@ async fn ended(status: io::Result<ExitStatus>, words: &Tail) -> VmmError {
     // The last words may still be in the pipe.
     tokio::time::sleep(Duration::from_millis(20)).await;
     let lines = words.last_lines(3);
-    let stderr = if lines.is_empty() { String::new() } else { format!(": {}", lines.join("; ")) };
-    VmmError::Ended { status: describe(status), stderr }
+    let stderr = if lines.is_empty() {
+        String::new()
+    } else {
+        format!(": {}", lines.join("; "))
+    };
+    VmmError::Ended {
+        status: describe(status),
+        stderr,
+    }
 }
 
 /// A root port that goes back when the device could not be plugged.
@@ -260,7 +309,10 @@ struct Port<'a> {
 impl Drop for Port<'_> {
     fn drop(&mut self) {
         if !self.used {
-            self.free.lock().unwrap_or_else(PoisonError::into_inner).insert(self.number);
+            self.free
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .insert(self.number);
         }
     }
 }
@@ -269,7 +321,11 @@ impl Qemu {
     fn take_port(&self) -> Result<Port<'_>, VmmError> {
         let mut free = self.ports.lock().unwrap_or_else(PoisonError::into_inner);
         let number = free.pop_first().ok_or(VmmError::NoPort(PORTS))?;
-        Ok(Port { free: &self.ports, number, used: false })
+        Ok(Port {
+            free: &self.ports,
+            number,
+            used: false,
+        })
     }
 }
 
@@ -309,7 +365,9 @@ impl Vmm for Qemu {
         self.qmp.pass_descriptor(&chardev, fs.back_end.as_fd()).await?;
         let address = json!({ "type": "fd", "data": { "str": chardev } });
         let back_end = json!({ "type": "socket", "data": { "addr": address, "server": false } });
-        self.qmp.command("chardev-add", json!({ "id": chardev, "backend": back_end })).await?;
+        self.qmp
+            .command("chardev-add", json!({ "id": chardev, "backend": back_end }))
+            .await?;
         let device = json!({
             "driver": "vhost-user-fs-pci", "id": fs.tag, "chardev": chardev, "tag": fs.tag,
             "bus": format!("port{}", port.number), "queue-size": 1024,

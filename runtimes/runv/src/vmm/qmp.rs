@@ -61,7 +61,10 @@ pub(super) struct Event {
 #[derive(Debug, PartialEq)]
 enum Message {
     Greeting,
-    Answer { id: u64, result: Result<Value, String> },
+    Answer {
+        id: u64,
+        result: Result<Value, String>,
+    },
     Event(Event),
     /// An answer without id: QEMU could not even parse a command.
     Confused(String),
@@ -89,13 +92,33 @@ impl Message {
         let bad = || QmpError::Protocol(String::from_utf8_lossy(&line[..line.len().min(200)]).into_owned());
         let raw: Raw = serde_json::from_slice(line).map_err(|_| bad())?;
         Ok(match raw {
-            Raw { greeting: Some(_), .. } => Self::Greeting,
-            Raw { event: Some(name), data, .. } => Self::Event(Event { name, data }),
-            Raw { answer: Some(value), id: Some(id), .. } => Self::Answer { id, result: Ok(value) },
-            Raw { error: Some(failure), id: Some(id), .. } => {
-                Self::Answer { id, result: Err(failure.desc) }
-            }
-            Raw { error: Some(failure), .. } => Self::Confused(failure.desc),
+            Raw {
+                greeting: Some(_), ..
+            } => Self::Greeting,
+            Raw {
+                event: Some(name),
+                data,
+                ..
+            } => Self::Event(Event { name, data }),
+            Raw {
+                answer: Some(value),
+                id: Some(id),
+                ..
+            } => Self::Answer {
+                id,
+                result: Ok(value),
+            },
+            Raw {
+                error: Some(failure),
+                id: Some(id),
+                ..
+            } => Self::Answer {
+                id,
+                result: Err(failure.desc),
+            },
+            Raw {
+                error: Some(failure), ..
+            } => Self::Confused(failure.desc),
             _ => return Err(bad()),
         })
     }
@@ -126,14 +149,19 @@ impl Qmp {
         let (reader, half) = stream.into_split();
         let mut reader = BufReader::new(reader);
         let greeting = tokio::time::timeout(ANSWER_LIMIT, read_line(&mut reader));
-        let line = greeting.await.map_err(|_| QmpError::Late("the greeting".to_owned()))??;
+        let line = greeting
+            .await
+            .map_err(|_| QmpError::Late("the greeting".to_owned()))??;
         if Message::parse(&line)? != Message::Greeting {
             return Err(QmpError::Protocol("no greeting".to_owned()));
         }
         let pending: Pending = Arc::new(Mutex::new(Some(HashMap::new())));
         let (events, receiver) = mpsc::channel(EVENTS_KEPT);
         tokio::spawn(read_messages(reader, Arc::clone(&pending), events));
-        let qmp = Self { writer: AsyncMutex::new(Writer { half, next_id: 1 }), pending };
+        let qmp = Self {
+            writer: AsyncMutex::new(Writer { half, next_id: 1 }),
+            pending,
+        };
         qmp.command("qmp_capabilities", json!({})).await?;
         Ok((qmp, receiver))
     }
@@ -150,8 +178,14 @@ impl Qmp {
     ///
     /// # Errors
     /// [`QmpError`].
-    pub(super) async fn pass_descriptor(&self, name: &str, descriptor: BorrowedFd<'_>) -> Result<(), QmpError> {
-        self.send("getfd", json!({ "fdname": name }), Some(descriptor)).await.map(drop)
+    pub(super) async fn pass_descriptor(
+        &self,
+        name: &str,
+        descriptor: BorrowedFd<'_>,
+    ) -> Result<(), QmpError> {
+        self.send("getfd", json!({ "fdname": name }), Some(descriptor))
+            .await
+            .map(drop)
     }
 
     async fn send(
@@ -165,7 +199,10 @@ impl Qmp {
             let mut writer = self.writer.lock().await;
             let id = writer.next_id;
             writer.next_id += 1;
-            lock(&self.pending).as_mut().ok_or(QmpError::Closed)?.insert(id, sender);
+            lock(&self.pending)
+                .as_mut()
+                .ok_or(QmpError::Closed)?
+                .insert(id, sender);
             let mut line = json!({ "execute": name, "arguments": arguments, "id": id }).to_string();
             line.push('\n');
             writer.write(line.as_bytes(), descriptor).await?;
@@ -173,9 +210,10 @@ impl Qmp {
         };
         match tokio::time::timeout(ANSWER_LIMIT, answer).await {
             Ok(Ok(Ok(value))) => Ok(value),
-            Ok(Ok(Err(description))) => {
-                Err(QmpError::Refused { command: name.to_owned(), description: bounded(&description) })
-            }
+            Ok(Ok(Err(description))) => Err(QmpError::Refused {
+                command: name.to_owned(),
+                description: bounded(&description),
+            }),
             Ok(Err(_)) => Err(QmpError::Closed),
             Err(_) => {
                 if let Some(pending) = lock(&self.pending).as_mut() {
@@ -214,7 +252,11 @@ impl Writer {
 
 async fn read_line(reader: &mut BufReader<OwnedReadHalf>) -> Result<Vec<u8>, QmpError> {
     let mut line = Vec::new();
-    reader.take(LONGEST_LINE).read_until(b'\n', &mut line).await.map_err(|_| QmpError::Closed)?;
+    reader
+        .take(LONGEST_LINE)
+        .read_until(b'\n', &mut line)
+        .await
+        .map_err(|_| QmpError::Closed)?;
     match line.last() {
         None => Err(QmpError::Closed),
         Some(b'\n') => Ok(line),
@@ -223,13 +265,12 @@ async fn read_line(reader: &mut BufReader<OwnedReadHalf>) -> Result<Vec<u8>, Qmp
     }
 }
 
-async fn read_messages(
-    mut reader: BufReader<OwnedReadHalf>,
-    pending: Pending,
-    events: mpsc::Sender<Event>,
-) {
+async fn read_messages(mut reader: BufReader<OwnedReadHalf>, pending: Pending, events: mpsc::Sender<Event>) {
     loop {
-        let message = match read_line(&mut reader).await.and_then(|line| Message::parse(&line)) {
+        let message = match read_line(&mut reader)
+            .await
+            .and_then(|line| Message::parse(&line))
+        {
             Ok(message) => message,
             Err(QmpError::Closed) => break,
             Err(error) => {
@@ -305,9 +346,16 @@ mod tests {
             assert_eq!(request["execute"], "qmp_capabilities");
             answer(&mut theirs, &request, "return", json!({}));
             let (first, second) = (line(&mut theirs), line(&mut theirs));
-            theirs.write_all(b"{\"event\": \"STOP\", \"data\": {\"a\": 1}}\r\n").unwrap();
+            theirs
+                .write_all(b"{\"event\": \"STOP\", \"data\": {\"a\": 1}}\r\n")
+                .unwrap();
             answer(&mut theirs, &second, "return", second["execute"].clone());
-            answer(&mut theirs, &first, "error", json!({"class": "GenericError", "desc": "no"}));
+            answer(
+                &mut theirs,
+                &first,
+                "error",
+                json!({"class": "GenericError", "desc": "no"}),
+            );
         });
         let (qmp, mut events) = Qmp::connect(ours).await.unwrap();
         let (first, second) = tokio::join!(qmp.command("a", json!({})), qmp.command("b", json!({})));
@@ -315,7 +363,10 @@ mod tests {
         assert_eq!(second.unwrap(), "b");
         assert_eq!(events.recv().await.unwrap().name, "STOP");
         peer.join().unwrap();
-        assert!(matches!(qmp.command("c", json!({})).await, Err(QmpError::Closed | QmpError::Send(_))));
+        assert!(matches!(
+            qmp.command("c", json!({})).await,
+            Err(QmpError::Closed | QmpError::Send(_))
+        ));
         assert!(events.recv().await.is_none());
     }
 
@@ -330,10 +381,17 @@ mod tests {
             let mut space = nix::cmsg_space!([std::os::fd::RawFd; 1]);
             let received = {
                 let mut parts = [std::io::IoSliceMut::new(&mut bytes)];
-                let message =
-                    recvmsg::<()>(theirs.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::empty()).unwrap();
+                let message = recvmsg::<()>(
+                    theirs.as_raw_fd(),
+                    &mut parts,
+                    Some(&mut space),
+                    MsgFlags::empty(),
+                )
+                .unwrap();
                 let rights = message.cmsgs().unwrap().next().unwrap();
-                assert!(matches!(rights, ControlMessageOwned::ScmRights(descriptors) if descriptors.len() == 1));
+                assert!(
+                    matches!(rights, ControlMessageOwned::ScmRights(descriptors) if descriptors.len() == 1)
+                );
                 message.bytes
             };
             let request: Value = serde_json::from_slice(&bytes[..received]).unwrap();
