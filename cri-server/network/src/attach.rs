@@ -38,7 +38,7 @@ pub(crate) async fn attach(
         },
         Err(error) => error,
     };
-    match detach(config, &pod.id).await {
+    match undo(config, &pod.id).await {
         Ok(()) => Err(failure),
         Err(del) => Err(NetworkError::Undo {
             add: Box::new(failure),
@@ -49,6 +49,14 @@ pub(crate) async fn attach(
 
 /// See [`crate::Network::detach`].
 pub(crate) async fn detach(config: &NetworkConfig, id: &str) -> Result<()> {
+    if record::intent(&config.cache_dir, id)?.is_some() && record::result(&config.cache_dir, id)?.is_none() {
+        record::wait_for_add(&config.cache_dir, id, config.plugin_timeout).await?;
+    }
+    undo(config, id).await
+}
+
+/// DEL, where no ADD can be running.
+async fn undo(config: &NetworkConfig, id: &str) -> Result<()> {
     let Some(intent) = record::intent(&config.cache_dir, id)? else {
         return Ok(());
     };
@@ -78,10 +86,14 @@ async fn add(config: &NetworkConfig, intent: &Intent) -> Result<Attachment> {
     } = intent;
     let offered = pod.capability_args();
     let variables = variables(pod, Some(&pod.netns));
+    let lock = record::lock(&config.cache_dir, &pod.id)?;
     let mut result = None;
     for plugin in &list.plugins {
         let stdin = to_stdin(&list.request(plugin, &offered, result.as_ref()));
-        let call = call(config, bin_dirs, plugin, Verb::Add, &variables, &stdin);
+        let call = Call {
+            lock: Some(&lock),
+            ..call(config, bin_dirs, plugin, Verb::Add, &variables, &stdin)
+        };
         let stdout = call.run().await?;
         let parsed: Value = serde_json::from_slice(&stdout).map_err(|error| {
             call.protocol(&format!(
@@ -136,6 +148,7 @@ fn call<'a>(
         variables,
         stdin,
         limit: config.plugin_timeout,
+        lock: None,
     }
 }
 

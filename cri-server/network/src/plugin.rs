@@ -3,6 +3,8 @@
 //! (address management plugins, iptables).
 
 use std::ffi::OsString;
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
@@ -54,6 +56,8 @@ pub(crate) struct Call<'a> {
     pub(crate) variables: &'a [(&'static str, OsString)],
     pub(crate) stdin: &'a [u8],
     pub(crate) limit: Duration,
+    /// A locked file that the plugin and its children keep open, see [`crate::record::lock`].
+    pub(crate) lock: Option<&'a File>,
 }
 
 /// Whether a plugin's type can name an executable in a plugin directory and nothing else.
@@ -153,6 +157,20 @@ impl Call<'_> {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .process_group(0);
+        if let Some(lock) = self.lock {
+            let lock = lock.as_raw_fd();
+            let inherit = move || {
+                // SAFETY: fcntl(2) with F_SETFD takes no pointer; the descriptor is open, since `self.lock`
+                // outlives the spawn.
+                if unsafe { libc::fcntl(lock, libc::F_SETFD, 0) } == 0 {
+                    Ok(())
+                } else {
+                    Err(std::io::Error::last_os_error())
+                }
+            };
+            // SAFETY: between fork and exec only the above runs: one async-signal-safe call, no allocation.
+            unsafe { command.pre_exec(inherit) };
+        }
         Ok(command)
     }
 

@@ -2,12 +2,16 @@
 //! `<id>.intent`, written and synced before the first ADD: the pod, the chain, where its plugins
 //! are; `<id>.result`, written after the last ADD. DEL removes both, the intent last.
 //!
+//! While ADD runs, the intent's file is locked, and the plugins inherit the lock. They outlive a daemon that is
+//! killed; whoever undoes the ADD later must not do so while one is still at it.
+//!
 //! An intent without a result is an ADD that was interrupted, or whose result a power failure took: DEL then
 //! runs without `prevResult`, as the spec allows.
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -75,6 +79,36 @@ pub(crate) async fn begin(cache_dir: &Path, intent: &Intent) -> Result<()> {
             .map_err(NetworkError::io("sync", &dir))
     })
     .await
+}
+
+/// Locks the intent for an ADD; the lock lasts until this file and the plugins' copies are closed.
+pub(crate) fn lock(cache_dir: &Path, id: &str) -> Result<File> {
+    let path = intent_path(cache_dir, id)?;
+    let file = File::open(&path).map_err(NetworkError::io("open", &path))?;
+    file.lock().map_err(NetworkError::io("lock", path))?;
+    Ok(file)
+}
+
+/// Waits for the plugins of an interrupted ADD, at most for `limit`: one that takes longer would have been
+/// killed.
+pub(crate) async fn wait_for_add(cache_dir: &Path, id: &str, limit: Duration) -> Result<()> {
+    let path = intent_path(cache_dir, id)?;
+    let file = File::open(&path).map_err(NetworkError::io("open", &path))?;
+    let deadline = Instant::now() + limit;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(()),
+            Err(TryLockError::Error(error)) => return Err(NetworkError::io("lock", path)(error)),
+            Err(TryLockError::WouldBlock) if Instant::now() > deadline => {
+                tracing::warn!(
+                    sandbox = id,
+                    "a plugin of an interrupted ADD still runs; undoing nevertheless"
+                );
+                return Ok(());
+            }
+            Err(TryLockError::WouldBlock) => tokio::time::sleep(Duration::from_millis(10)).await,
+        }
+    }
 }
 
 /// Stores the result. Not synced: without it DEL still works, see the head of this file.

@@ -5,7 +5,7 @@ mod lab;
 
 use std::time::{Duration, Instant};
 
-use catamaran_network::{Network, NetworkError, PodNetwork};
+use catamaran_network::{Network, NetworkConfig, NetworkError, PodNetwork};
 use lab::{Lab, names};
 
 /// Attaches with the bridge plugin followed by `script`, which must fail; gives the error after checking that
@@ -53,7 +53,7 @@ async fn a_plugin_that_breaks_the_protocol_is_named() {
         ("kill -9 $$", "signal: 9"),
         ("head -c 3000000 /dev/zero; exit 0", "more than 1048576 bytes"),
         ("head -c 3000000 /dev/zero >&2; exit 3", "exit status: 3"),
-        ("(sleep 30) & echo '{}'", "left its output open"),
+        ("(sleep 4) & echo '{}'", "left its output open"),
     ] {
         let lab = Lab::new();
         let error = failing(&lab, &on_add(body)).await;
@@ -264,4 +264,58 @@ async fn status_asks_the_plugins_from_version_1_1_on() {
     );
     lab.conflist("1.0.0", r#"{"type":"moody"}"#);
     lab.network.ready().await.expect("1.0 has no STATUS");
+}
+
+/// The other process of the next test.
+#[tokio::test]
+#[ignore = "started by a_plugin_that_outlives_the_daemon_is_waited_for"]
+async fn attach_until_killed() {
+    let dir = std::path::PathBuf::from(std::env::var_os("CATAMARAN_NETWORK_DIR").unwrap());
+    let config = NetworkConfig {
+        conf_dir: dir.join("conf"),
+        bin_dirs: vec![dir.join("bin")],
+        netns_dir: dir.join("netns"),
+        cache_dir: dir.join("cache"),
+        default_bridge: String::new(),
+        default_subnet: String::new(),
+        default_ipam_dir: dir.join("ipam"),
+        plugin_timeout: Duration::from_secs(60),
+    };
+    let pod = PodNetwork {
+        id: "killed".to_owned(),
+        netns: dir.join("netns/killed"),
+        ..Default::default()
+    };
+    let _ = Network::new(config).attach(&pod).await;
+}
+
+#[tokio::test]
+async fn a_plugin_that_outlives_the_daemon_is_waited_for() {
+    let lab = Lab::new();
+    let log = lab.dir.path().join("log");
+    let body = format!(
+        "cat >/dev/null; echo $CNI_COMMAND >> {0}; [ $CNI_COMMAND = DEL ] && exit 0\n\
+                        sleep 2; echo end >> {0}; echo '{{}}'",
+        log.display()
+    );
+    lab.script("slow", &body);
+    lab.conflist("1.0.0", r#"{"type":"slow"}"#);
+    let read = || std::fs::read_to_string(&log).unwrap_or_default();
+    let mut daemon = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "attach_until_killed", "--ignored"])
+        .env("CATAMARAN_NETWORK_DIR", lab.dir.path())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !read().contains("ADD") {
+        assert!(Instant::now() < deadline, "ADD did not begin");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
+    assert_eq!(lab.network.attached().unwrap(), ["killed"]);
+    lab.network.detach_id("killed").await.unwrap();
+    assert_eq!(read(), "ADD\nend\nDEL\n");
+    assert_eq!(lab.leftovers(), [""; 0]);
 }
