@@ -39,7 +39,13 @@ fn prepare_guest() -> Result<Guest> {
     leave_rootfs()?;
     mount_at("proc", "/proc", "proc", quiet, None)?;
     mount_at("sysfs", "/sys", "sysfs", quiet, None)?;
-    mount_at("devtmpfs", "/dev", "devtmpfs", MsFlags::MS_NOSUID, Some("mode=0755"))?;
+    mount_at(
+        "devtmpfs",
+        "/dev",
+        "devtmpfs",
+        MsFlags::MS_NOSUID,
+        Some("mode=0755"),
+    )?;
     mount_at(
         "devpts",
         "/dev/pts",
@@ -48,8 +54,20 @@ fn prepare_guest() -> Result<Guest> {
         Some("ptmxmode=0666,mode=0620,gid=5"),
     )?;
     mount_at("tmpfs", "/dev/shm", "tmpfs", quiet, Some("mode=1777"))?;
-    mount_at("tmpfs", "/run", "tmpfs", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=0755"))?;
-    mount_at("tmpfs", "/tmp", "tmpfs", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=1777"))?;
+    mount_at(
+        "tmpfs",
+        "/run",
+        "tmpfs",
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+        Some("mode=0755"),
+    )?;
+    mount_at(
+        "tmpfs",
+        "/tmp",
+        "tmpfs",
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+        Some("mode=1777"),
+    )?;
     make_dir(STATE, 0o700)?;
     for (link, target) in [
         ("/dev/fd", "/proc/self/fd"),
@@ -71,10 +89,21 @@ fn prepare_guest() -> Result<Guest> {
     let cgroups = cgroup::mount(&command_line)?;
     cgroup::make_pod(cgroups, memory_bytes)?;
     // The agent's own executable must not be writable through a container's view of /proc/<pid>/exe.
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY, None::<&str>)
-        .context(|| "cannot make the root read-only".into())?;
+    mount(
+        None::<&str>,
+        "/",
+        None::<&str>,
+        MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY,
+        None::<&str>,
+    )
+    .context(|| "cannot make the root read-only".into())?;
     let cpus = std::thread::available_parallelism().map_or(1, |cpus| u32::try_from(cpus.get()).unwrap_or(1));
-    Ok(Guest { cgroups, command_line, memory_bytes, cpus })
+    Ok(Guest {
+        cgroups,
+        command_line,
+        memory_bytes,
+        cpus,
+    })
 }
 
 /// `pivot_root` refuses to leave the kernel's first root file system. A bind mount of it over itself is an
@@ -83,10 +112,17 @@ fn leave_rootfs() -> Result<()> {
     for directory in ["/newroot", "/proc", "/sys", "/dev", "/run", "/tmp"] {
         make_dir(directory, 0o755)?;
     }
-    mount(Some("/"), "/newroot", None::<&str>, MsFlags::MS_BIND, None::<&str>)
-        .context(|| "cannot bind the root".into())?;
+    mount(
+        Some("/"),
+        "/newroot",
+        None::<&str>,
+        MsFlags::MS_BIND,
+        None::<&str>,
+    )
+    .context(|| "cannot bind the root".into())?;
     nix::unistd::chdir("/newroot").context(|| "cannot enter the new root".into())?;
-    mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>).context(|| "cannot move the root".into())?;
+    mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>)
+        .context(|| "cannot move the root".into())?;
     nix::unistd::chroot(".").context(|| "cannot enter the new root".into())?;
     nix::unistd::chdir("/").context(|| "cannot enter the new root".into())
 }
@@ -101,14 +137,19 @@ pub(crate) fn mount_at(
     data: Option<&str>,
 ) -> Result<()> {
     make_dir(target, 0o755)?;
-    mount(Some(source), target, Some(fstype), flags, data).context(|| format!("cannot mount {fstype} at {target}"))
+    mount(Some(source), target, Some(fstype), flags, data)
+        .context(|| format!("cannot mount {fstype} at {target}"))
 }
 
 fn make_dir(path: &str, mode: u32) -> Result<()> {
     if Path::new(path).is_dir() {
         return Ok(());
     }
-    fs::DirBuilder::new().recursive(true).mode(mode).create(path).context(|| format!("cannot make {path}"))
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(mode)
+        .create(path)
+        .context(|| format!("cannot make {path}"))
 }
 
 /// The kernel's OOM killer takes containers first.
@@ -121,7 +162,14 @@ fn protect_agent() {
 fn memory_total() -> Result<u64> {
     let text = fs::read_to_string("/proc/meminfo").context(|| "cannot read /proc/meminfo".into())?;
     text.lines()
-        .find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok())
+        .find_map(|line| {
+            line.strip_prefix("MemTotal:")?
+                .trim()
+                .strip_suffix(" kB")?
+                .trim()
+                .parse::<u64>()
+                .ok()
+        })
         .map(|kib| kib * 1024)
         .ok_or("no MemTotal")
         .context(|| "cannot read /proc/meminfo".into())

@@ -51,7 +51,9 @@ impl Version {
 /// the command line does not say otherwise, else version 1.
 pub(crate) fn mount(command_line: &str) -> Result<Version> {
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC | MsFlags::MS_NODEV;
-    let wants_v1 = command_line.split_ascii_whitespace().any(|word| word == V1_CMDLINE);
+    let wants_v1 = command_line
+        .split_ascii_whitespace()
+        .any(|word| word == V1_CMDLINE);
     if !wants_v1 && mount_at("cgroup2", ROOT, "cgroup2", flags, Some("nsdelegate")).is_ok() {
         let controllers = fs::read_to_string(format!("{ROOT}/cgroup.controllers")).unwrap_or_default();
         if controllers.split_ascii_whitespace().any(|name| name == "memory") {
@@ -68,7 +70,13 @@ pub(crate) fn mount(command_line: &str) -> Result<Version> {
             "cpuacct" => continue,
             name => (name, name),
         };
-        mount_at("cgroup", &format!("{ROOT}/{directory}"), "cgroup", flags, Some(options))?;
+        mount_at(
+            "cgroup",
+            &format!("{ROOT}/{directory}"),
+            "cgroup",
+            flags,
+            Some(options),
+        )?;
         for alias in options.split(',').filter(|alias| *alias != directory) {
             std::os::unix::fs::symlink(directory, format!("{ROOT}/{alias}"))
                 .context(|| format!("cannot link cgroup controller {alias}"))?;
@@ -82,11 +90,13 @@ pub(crate) fn mount(command_line: &str) -> Result<Version> {
 
 /// Enabled controllers of `/proc/cgroups`.
 fn v1_controllers(list: &str) -> impl Iterator<Item = &str> {
-    list.lines().filter(|line| !line.starts_with('#')).filter_map(|line| {
-        let mut fields = line.split_ascii_whitespace();
-        let name = fields.next()?;
-        (fields.nth(2)? == "1").then_some(name)
-    })
+    list.lines()
+        .filter(|line| !line.starts_with('#'))
+        .filter_map(|line| {
+            let mut fields = line.split_ascii_whitespace();
+            let name = fields.next()?;
+            (fields.nth(2)? == "1").then_some(name)
+        })
 }
 
 /// Makes `/pod` with its limits.
@@ -141,7 +151,9 @@ fn delegate(directory: &Path) -> Result<()> {
 }
 
 fn write_if_present(path: &Path, value: &str) {
-    if path.exists() && let Err(error) = fs::write(path, value) {
+    if path.exists()
+        && let Err(error) = fs::write(path, value)
+    {
         console::say(&format!("cannot write {value} to {}: {error}", path.display()));
     }
 }
@@ -185,14 +197,21 @@ pub(crate) fn join(version: Version, path: &str) -> Result<()> {
 
 /// Process ids in a cgroup and below it.
 pub(crate) fn pids(version: Version, path: &str) -> Vec<i32> {
-    let Some(directory) = directories(version, path).into_iter().find(|directory| directory.is_dir()) else {
+    let Some(directory) = directories(version, path)
+        .into_iter()
+        .find(|directory| directory.is_dir())
+    else {
         return Vec::new();
     };
     let mut pids = Vec::new();
     let mut pending = vec![directory];
     while let Some(directory) = pending.pop() {
         let list = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
-        pids.extend(list.lines().filter_map(|line| line.parse::<i32>().ok()).filter(|pid| *pid > 0));
+        pids.extend(
+            list.lines()
+                .filter_map(|line| line.parse::<i32>().ok())
+                .filter(|pid| *pid > 0),
+        );
         pending.extend(children(&directory));
     }
     pids
@@ -221,7 +240,9 @@ pub(crate) fn signal_all(version: Version, path: &str, signal: i32) {
         return;
     }
     if version == Version::V2
-        && directories(version, path).iter().all(|dir| fs::write(dir.join("cgroup.kill"), "1").is_ok())
+        && directories(version, path)
+            .iter()
+            .all(|dir| fs::write(dir.join("cgroup.kill"), "1").is_ok())
     {
         return;
     }
@@ -241,7 +262,10 @@ pub(crate) async fn remove(version: Version, path: &str) -> Result<()> {
     let mut last = None;
     for _ in 0..REMOVE_TRIES {
         signal_all(version, path, libc::SIGKILL);
-        last = directories(version, path).iter().filter_map(|directory| remove_tree(directory).err()).next();
+        last = directories(version, path)
+            .iter()
+            .filter_map(|directory| remove_tree(directory).err())
+            .next();
         if last.is_none() {
             return Ok(());
         }
@@ -282,7 +306,12 @@ pub(crate) fn update(container_id: &str, resources: &LinuxResources) -> Result<(
     })
     .context(|| format!("cannot open the cgroup of container {container_id}"))?;
     manager
-        .apply(&ControllerOpt { resources, disable_oom_killer: false, oom_score_adj: None, freezer_state: None })
+        .apply(&ControllerOpt {
+            resources,
+            disable_oom_killer: false,
+            oom_score_adj: None,
+            freezer_state: None,
+        })
         .context(|| format!("cannot change the resources of container {container_id}"))
 }
 

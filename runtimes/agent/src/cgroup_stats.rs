@@ -126,13 +126,22 @@ mod tests {
     fn a_v2_directory_is_read() {
         let dir = tempfile::tempdir().unwrap();
         for (file, content) in [
-            ("cpu.stat", "usage_usec 7\nuser_usec 4\nsystem_usec 3\nthrottled_usec 2\n"),
-            ("memory.stat", "anon 100\nfile 50\ninactive_file 30\npgfault 9\npgmajfault 1\n"),
+            (
+                "cpu.stat",
+                "usage_usec 7\nuser_usec 4\nsystem_usec 3\nthrottled_usec 2\n",
+            ),
+            (
+                "memory.stat",
+                "anon 100\nfile 50\ninactive_file 30\npgfault 9\npgmajfault 1\n",
+            ),
             ("memory.current", "150\n"),
             ("memory.max", "max\n"),
             ("pids.current", "3\n"),
             ("pids.max", "64\n"),
-            ("io.stat", "253:0 rbytes=10 wbytes=20 rios=1 wios=1\n253:16 rbytes=5 wbytes=6 rios=1 wios=1\n"),
+            (
+                "io.stat",
+                "253:0 rbytes=10 wbytes=20 rios=1 wios=1\n253:16 rbytes=5 wbytes=6 rios=1 wios=1\n",
+            ),
         ] {
             fs::write(dir.path().join(file), content).unwrap();
         }

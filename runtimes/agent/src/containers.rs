@@ -58,7 +58,12 @@ pub(crate) struct Containers {
 
 impl Containers {
     pub(crate) fn new(version: Version, reaper: Arc<Reaper>) -> Self {
-        Self { version, reaper, containers: Mutex::default(), pause: Mutex::default() }
+        Self {
+            version,
+            reaper,
+            containers: Mutex::default(),
+            pause: Mutex::default(),
+        }
     }
 
     /// Applies the pod's settings.
@@ -122,7 +127,12 @@ impl Containers {
             }
         }
         let first = self.process(started, pipes, &prepared.owner, Some(id.to_owned()))?;
-        Ok(Container { id: id.to_owned(), first, started: Mutex::new(false), execs: Mutex::default() })
+        Ok(Container {
+            id: id.to_owned(),
+            first,
+            started: Mutex::new(false),
+            execs: Mutex::default(),
+        })
     }
 
     /// Ties a process to its streams and its end. `container` is the id where it is the first process.
@@ -150,7 +160,9 @@ impl Containers {
         {
             let mut started = lock(&container.started);
             if *started || container.first.state().is_some() {
-                return Err(Error::State(format!("container {id} was started already or has ended")));
+                return Err(Error::State(format!(
+                    "container {id} was started already or has ended"
+                )));
             }
             *started = true;
         }
@@ -179,9 +191,13 @@ impl Containers {
         {
             let mut execs = lock(&container.execs);
             if execs.len() >= EXECS_MAX {
-                return Err(Error::State(format!("container {id} has {EXECS_MAX} execs that were not deleted")));
+                return Err(Error::State(format!(
+                    "container {id} has {EXECS_MAX} execs that were not deleted"
+                )));
             }
-            reserve(&mut execs, &exec_id, || format!("exec {exec_id} of container {id}"))?;
+            reserve(&mut execs, &exec_id, || {
+                format!("exec {exec_id} of container {id}")
+            })?;
         }
         let this = Arc::clone(self);
         finish(tokio::spawn(async move {
@@ -202,7 +218,12 @@ impl Containers {
         .await
     }
 
-    async fn make_exec(&self, container: &Container, process: SpecProcess, stdin: bool) -> Result<Arc<Process>> {
+    async fn make_exec(
+        &self,
+        container: &Container,
+        process: SpecProcess,
+        stdin: bool,
+    ) -> Result<Arc<Process>> {
         let owner = spec::Owner::of(&process);
         let terminal = process.terminal().unwrap_or(false);
         let console = terminal.then(Console::new).transpose()?;
@@ -232,7 +253,9 @@ impl Containers {
         }
         match lock(&container.execs).get(exec_id) {
             Some(Slot::Ready(process)) => Ok(Arc::clone(process)),
-            Some(Slot::Creating) => Err(Error::State(format!("exec {exec_id} of container {id} is being made"))),
+            Some(Slot::Creating) => Err(Error::State(format!(
+                "exec {exec_id} of container {id} is being made"
+            ))),
             None => Err(Error::NotFound(format!("exec {exec_id} of container {id}"))),
         }
     }
@@ -249,11 +272,15 @@ impl Containers {
             return Ok(());
         }
         if process.state().is_some() {
-            return Err(Error::NotFound(format!("a running process {exec_id:?} of container {id}")));
+            return Err(Error::NotFound(format!(
+                "a running process {exec_id:?} of container {id}"
+            )));
         }
         // SAFETY: kill has no memory effects; the process is our child and not reaped yet, so the pid is its.
         let result = unsafe { libc::kill(process.pid, number) };
-        nix::errno::Errno::result(result).map(drop).context(|| format!("cannot signal container {id}"))
+        nix::errno::Errno::result(result)
+            .map(drop)
+            .context(|| format!("cannot signal container {id}"))
     }
 
     /// Forgets an ended process; the container with its cgroup and state for an empty exec id.
@@ -262,7 +289,9 @@ impl Containers {
         let container = self.container(id)?;
         if !exec_id.is_empty() {
             if process.state().is_none() {
-                return Err(Error::State(format!("exec {exec_id} of container {id} is still running")));
+                return Err(Error::State(format!(
+                    "exec {exec_id} of container {id} is still running"
+                )));
             }
             lock(&container.execs).remove(exec_id);
             return Ok(());
@@ -302,7 +331,8 @@ impl Containers {
         if id.is_empty() {
             return Ok(cgroup::POD.into());
         }
-        self.container(id).map(|container| cgroup::container_path(&container.id))
+        self.container(id)
+            .map(|container| cgroup::container_path(&container.id))
     }
 
     fn container(&self, id: &str) -> Result<Arc<Container>> {
@@ -343,7 +373,11 @@ async fn record_end(
         cgroup::signal_all(version, &path, libc::SIGKILL);
         cgroup::oom_kills(version, &path) > 0
     });
-    sender.send_replace(Some(Ended { code: exit.code, at_ns: exit.at_ns, oom_killed }));
+    sender.send_replace(Some(Ended {
+        code: exit.code,
+        at_ns: exit.at_ns,
+        oom_killed,
+    }));
 }
 
 /// Tells libcontainer's waiting init to go on.
@@ -351,7 +385,10 @@ async fn notify(id: &str) -> std::io::Result<()> {
     let path = PathBuf::from(runtime::STATE).join(id).join("notify.sock");
     // A socket path has 108 bytes; through a descriptor of its directory it always fits.
     let directory = fs::File::open(path.parent().unwrap_or(&path))?;
-    let short = format!("/proc/self/fd/{}/notify.sock", std::os::fd::AsRawFd::as_raw_fd(&directory));
+    let short = format!(
+        "/proc/self/fd/{}/notify.sock",
+        std::os::fd::AsRawFd::as_raw_fd(&directory)
+    );
     let mut socket = UnixStream::connect(short).await?;
     socket.write_all(b"start container").await?;
     socket.shutdown().await
@@ -369,7 +406,9 @@ fn check_id(field: &str, id: &str) -> Result<()> {
     {
         Ok(())
     } else {
-        Err(Error::Invalid(format!("{field} must be 1 to {ID_MAX} of [A-Za-z0-9._-], the first no sign")))
+        Err(Error::Invalid(format!(
+            "{field} must be 1 to {ID_MAX} of [A-Za-z0-9._-], the first no sign"
+        )))
     }
 }
 
@@ -422,7 +461,9 @@ mod tests {
     async fn a_wrong_spec_leaves_no_id_taken() {
         let containers = containers();
         for _ in 0..2 {
-            let made = containers.create("unit-test-wrong-spec".into(), b"{".to_vec(), false).await;
+            let made = containers
+                .create("unit-test-wrong-spec".into(), b"{".to_vec(), false)
+                .await;
             assert!(matches!(made, Err(Error::Invalid(_))), "{made:?}");
         }
     }
@@ -430,7 +471,10 @@ mod tests {
     #[test]
     fn a_signal_is_1_to_64() {
         for signal in [0, 65, u32::MAX] {
-            assert!(matches!(containers().signal("x", "", signal, true), Err(Error::Invalid(_))));
+            assert!(matches!(
+                containers().signal("x", "", signal, true),
+                Err(Error::Invalid(_))
+            ));
         }
     }
 }

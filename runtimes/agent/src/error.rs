@@ -44,7 +44,10 @@ pub(crate) trait Context<T> {
 
 impl<T, E: Into<Box<dyn std::error::Error + Send + Sync>>> Context<T> for std::result::Result<T, E> {
     fn context(self, what: impl FnOnce() -> String) -> Result<T> {
-        self.map_err(|source| Error::Failed { what: what(), source: source.into() })
+        self.map_err(|source| Error::Failed {
+            what: what(),
+            source: source.into(),
+        })
     }
 }
 
@@ -74,7 +77,10 @@ impl From<Error> for Status {
         // HTTP/2 limits header size; the end of a long message says least.
         let mut message = chain(&error);
         if message.len() > 4096 {
-            let cut = (0..=4096).rev().find(|at| message.is_char_boundary(*at)).unwrap_or(0);
+            let cut = (0..=4096)
+                .rev()
+                .find(|at| message.is_char_boundary(*at))
+                .unwrap_or(0);
             message.truncate(cut);
         }
         Status::new(code, message)

@@ -27,7 +27,10 @@ pub(crate) fn now_ns() -> i64 {
 /// template would otherwise return the same bytes as every other.
 pub(crate) fn add_entropy(bytes: &[u8]) -> Result<()> {
     if !(32..=512).contains(&bytes.len()) {
-        return Err(Error::Invalid(format!("entropy must be 32 to 512 bytes, not {}", bytes.len())));
+        return Err(Error::Invalid(format!(
+            "entropy must be 32 to 512 bytes, not {}",
+            bytes.len()
+        )));
     }
     let random = std::fs::OpenOptions::new()
         .write(true)

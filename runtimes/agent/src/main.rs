@@ -33,19 +33,20 @@ mod transport;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    // The kernel passes words of its command line that it does not know to init: the pid decides first.
-    if std::process::id() == 1 {
-        console::power_off_on_panic();
-        let error = match boot::prepare().and_then(|guest| serve::run(guest)) {
-            Ok(never) => match never {},
-            Err(error) => error,
-        };
-        console::say(&format!("stopping: {}", error::chain(&*error)));
-        console::power_off();
-    }
+    // The role decides before the pid: a pause process is pid 1 of its namespace. The kernel hands words of its
+    // command line that it does not know to init, but nobody writes these there.
     match std::env::args().nth(1).as_deref() {
         Some(runtime::ROLE) => runtime::child::main(),
         Some(pause::ROLE) => pause::main(),
+        _ if std::process::id() == 1 => {
+            console::power_off_on_panic();
+            let error = match boot::prepare().and_then(serve::run) {
+                Ok(never) => match never {},
+                Err(error) => error,
+            };
+            console::say(&format!("stopping: {}", error::chain(&*error)));
+            console::power_off();
+        }
         _ => {
             eprintln!(
                 "catamaran-agent {} is the init of a virtual machine; it does nothing elsewhere",

@@ -37,7 +37,9 @@ pub(crate) fn load() -> io::Result<()> {
 
 /// Paths of the list, relative to `/modules` or absolute.
 fn paths(list: &str) -> impl Iterator<Item = &str> {
-    list.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'))
+    list.lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty() && !line.starts_with('#'))
 }
 
 #[cfg(test)]
@@ -47,7 +49,13 @@ mod tests {
     #[test]
     fn blank_lines_and_comments_are_no_paths() {
         let list = "# built for 6.1\nkernel/drivers/virtio/virtio.ko\n\n  /modules/fuse.ko \n";
-        assert_eq!(paths(list).collect::<Vec<_>>(), ["kernel/drivers/virtio/virtio.ko", "/modules/fuse.ko"]);
-        assert_eq!(Path::new("/modules").join("/modules/fuse.ko"), Path::new("/modules/fuse.ko"));
+        assert_eq!(
+            paths(list).collect::<Vec<_>>(),
+            ["kernel/drivers/virtio/virtio.ko", "/modules/fuse.ko"]
+        );
+        assert_eq!(
+            Path::new("/modules").join("/modules/fuse.ko"),
+            Path::new("/modules/fuse.ko")
+        );
     }
 }

@@ -21,15 +21,24 @@ const TYPES: [&str; 7] = ["virtiofs", "9p", "ext4", "erofs", "tmpfs", "bind", "o
 pub(crate) async fn add(request: &MountRequest) -> Result<()> {
     let kind = request.r#type.as_str();
     if !TYPES.contains(&kind) {
-        return Err(Error::Unsupported(format!("type {kind:?} is none of {}", TYPES.join(", "))));
+        return Err(Error::Unsupported(format!(
+            "type {kind:?} is none of {}",
+            TYPES.join(", ")
+        )));
     }
     let target = checked_target(&request.target)?;
     let options = Options::parse(&request.options);
     let fstype = (kind != "bind").then_some(kind);
-    match mounted(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default(), target) {
+    match mounted(
+        &fs::read_to_string("/proc/self/mountinfo").unwrap_or_default(),
+        target,
+    ) {
         Some((found, _)) if fstype.is_none_or(|fstype| fstype == found) => return Ok(()),
         Some((found, _)) => {
-            return Err(Error::State(format!("{} is the mount point of a {found} already", request.target)));
+            return Err(Error::State(format!(
+                "{} is the mount point of a {found} already",
+                request.target
+            )));
         }
         None => {}
     }
@@ -50,7 +59,8 @@ pub(crate) async fn add(request: &MountRequest) -> Result<()> {
                 tokio::time::sleep(LOOK_EVERY).await;
             }
             result => {
-                result.context(|| format!("cannot mount {kind} {:?} at {}", request.source, request.target))?;
+                result
+                    .context(|| format!("cannot mount {kind} {:?} at {}", request.source, request.target))?;
                 break;
             }
         }
@@ -61,8 +71,14 @@ pub(crate) async fn add(request: &MountRequest) -> Result<()> {
             .context(|| format!("cannot make {} read-only", request.target))?;
     }
     if !options.propagation.is_empty() {
-        mount(None::<&str>, target, None::<&str>, options.propagation, None::<&str>)
-            .context(|| format!("cannot set the propagation of {}", request.target))?;
+        mount(
+            None::<&str>,
+            target,
+            None::<&str>,
+            options.propagation,
+            None::<&str>,
+        )
+        .context(|| format!("cannot set the propagation of {}", request.target))?;
     }
     Ok(())
 }
@@ -89,12 +105,17 @@ fn comes_by_hotplug(request: &MountRequest) -> bool {
 fn checked_target(target: &str) -> Result<&Path> {
     let path = Path::new(target);
     let plain = path.components().all(|part| {
-        matches!(part, std::path::Component::RootDir | std::path::Component::Normal(_))
+        matches!(
+            part,
+            std::path::Component::RootDir | std::path::Component::Normal(_)
+        )
     });
     if path.is_absolute() && plain && path != Path::new("/") {
         Ok(path)
     } else {
-        Err(Error::Invalid(format!("target {target:?} is not an absolute path without . and ..")))
+        Err(Error::Invalid(format!(
+            "target {target:?} is not an absolute path without . and .."
+        )))
     }
 }
 
@@ -120,7 +141,10 @@ fn mounted<'a>(mountinfo: &'a str, target: &Path) -> Option<(&'a str, &'a str)> 
         let (mount, file_system) = line.split_once(" - ")?;
         (mount.split(' ').nth(4)? == target).then(|| {
             let mut fields = file_system.split(' ');
-            (fields.next().unwrap_or_default(), fields.next().unwrap_or_default())
+            (
+                fields.next().unwrap_or_default(),
+                fields.next().unwrap_or_default(),
+            )
         })
     })
 }
@@ -134,7 +158,11 @@ struct Options {
 impl Options {
     /// Words that are mount flags, and the rest for the file system.
     fn parse(options: &[String]) -> Self {
-        let mut parsed = Self { flags: MsFlags::empty(), propagation: MsFlags::empty(), data: String::new() };
+        let mut parsed = Self {
+            flags: MsFlags::empty(),
+            propagation: MsFlags::empty(),
+            data: String::new(),
+        };
         for option in options {
             match option.as_str() {
                 "ro" => parsed.flags |= MsFlags::MS_RDONLY,
@@ -172,8 +200,10 @@ mod tests {
 
     #[test]
     fn options_are_flags_propagation_and_data() {
-        let options: Vec<String> =
-            ["ro", "nosuid", "rslave", "size=1m", "mode=755"].map(String::from).into_iter().collect();
+        let options: Vec<String> = ["ro", "nosuid", "rslave", "size=1m", "mode=755"]
+            .map(String::from)
+            .into_iter()
+            .collect();
         let parsed = Options::parse(&options);
         assert_eq!(parsed.flags, MsFlags::MS_RDONLY | MsFlags::MS_NOSUID);
         assert_eq!(parsed.propagation, MsFlags::MS_SLAVE | MsFlags::MS_REC);

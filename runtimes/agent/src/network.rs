@@ -10,7 +10,9 @@ use netlink_packet_core::{
 };
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
-use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState};
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
+};
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
@@ -50,9 +52,12 @@ pub(crate) async fn configure(request: &ConfigureInterfaceRequest) -> Result<()>
         netlink.add_address(found.index, *address, *prefix)?;
     }
     // Routes to neighbours on the link first: gateways are reached through them.
-    for route in plan.routes.iter().filter(|route| route.gateway.is_none()).chain(
-        plan.routes.iter().filter(|route| route.gateway.is_some()),
-    ) {
+    for route in plan
+        .routes
+        .iter()
+        .filter(|route| route.gateway.is_none())
+        .chain(plan.routes.iter().filter(|route| route.gateway.is_some()))
+    {
         netlink.add_route(found.index, route)?;
     }
     for (address, neighbour) in &plan.neighbours {
@@ -84,7 +89,10 @@ async fn wait_for(netlink: &mut Netlink, mac: &[u8]) -> Result<Link> {
         if Instant::now() >= deadline {
             return Err(Error::Timeout(format!(
                 "no interface with MAC {} appeared within {} s",
-                mac.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(":"),
+                mac.iter()
+                    .map(|byte| format!("{byte:02x}"))
+                    .collect::<Vec<_>>()
+                    .join(":"),
                 APPEARS_WITHIN.as_secs()
             )));
         }
@@ -111,21 +119,35 @@ struct Plan {
 impl Plan {
     fn new(request: &ConfigureInterfaceRequest) -> Result<Self> {
         if request.mac.len() != 6 {
-            return Err(Error::Invalid(format!("mac must be 6 bytes, not {}", request.mac.len())));
+            return Err(Error::Invalid(format!(
+                "mac must be 6 bytes, not {}",
+                request.mac.len()
+            )));
         }
         let name = request.name.as_bytes();
         if name.is_empty()
             || name.len() > NAME_MAX
-            || name.iter().any(|byte| byte.is_ascii_whitespace() || matches!(byte, b'/' | b':' | 0))
+            || name
+                .iter()
+                .any(|byte| byte.is_ascii_whitespace() || matches!(byte, b'/' | b':' | 0))
             || matches!(name, b"." | b"..")
         {
-            return Err(Error::Invalid(format!("name {:?} is no interface name", request.name)));
+            return Err(Error::Invalid(format!(
+                "name {:?} is no interface name",
+                request.name
+            )));
         }
-        if [request.addresses.len(), request.routes.len(), request.neighbours.len()]
-            .iter()
-            .any(|count| *count > ENTRIES_MAX)
+        if [
+            request.addresses.len(),
+            request.routes.len(),
+            request.neighbours.len(),
+        ]
+        .iter()
+        .any(|count| *count > ENTRIES_MAX)
         {
-            return Err(Error::Invalid(format!("more than {ENTRIES_MAX} addresses, routes or neighbours")));
+            return Err(Error::Invalid(format!(
+                "more than {ENTRIES_MAX} addresses, routes or neighbours"
+            )));
         }
         let addresses = request
             .addresses
@@ -138,31 +160,53 @@ impl Plan {
             .iter()
             .map(|neighbour| Ok((ip("neighbours.address", &neighbour.address)?, neighbour.clone())))
             .collect::<Result<_>>()?;
-        Ok(Self { addresses, routes, neighbours })
+        Ok(Self {
+            addresses,
+            routes,
+            neighbours,
+        })
     }
 }
 
 fn route_plan(route: &Route) -> Result<RoutePlan> {
     let optional = |field: &str, text: &str| (!text.is_empty()).then(|| ip(field, text)).transpose();
-    let destination =
-        (!route.destination.is_empty()).then(|| cidr("routes.destination", &route.destination)).transpose()?;
+    let destination = (!route.destination.is_empty())
+        .then(|| cidr("routes.destination", &route.destination))
+        .transpose()?;
     let gateway = optional("routes.gateway", &route.gateway)?;
     let source = optional("routes.source", &route.source)?;
     let scope = u8::try_from(route.scope)
         .map_err(|_| Error::Invalid(format!("routes.scope {} is no route scope", route.scope)))?;
-    let mut families = destination.map(|(ip, _)| ip).into_iter().chain(gateway).chain(source).map(|ip| ip.is_ipv4());
+    let mut families = destination
+        .map(|(ip, _)| ip)
+        .into_iter()
+        .chain(gateway)
+        .chain(source)
+        .map(|ip| ip.is_ipv4());
     match families.next() {
-        None => return Err(Error::Invalid("a route needs a destination, a gateway or a source".into())),
+        None => {
+            return Err(Error::Invalid(
+                "a route needs a destination, a gateway or a source".into(),
+            ));
+        }
         Some(first) if families.any(|family| family != first) => {
             return Err(Error::Invalid("a route mixes IPv4 and IPv6".into()));
         }
         Some(_) => {}
     }
-    Ok(RoutePlan { destination, gateway, source, scope, priority: route.priority, onlink: route.onlink })
+    Ok(RoutePlan {
+        destination,
+        gateway,
+        source,
+        scope,
+        priority: route.priority,
+        onlink: route.onlink,
+    })
 }
 
 fn ip(field: &str, text: &str) -> Result<IpAddr> {
-    text.parse().map_err(|_| Error::Invalid(format!("{field}: {text:?} is no IP address")))
+    text.parse()
+        .map_err(|_| Error::Invalid(format!("{field}: {text:?} is no IP address")))
 }
 
 fn cidr(field: &str, text: &str) -> Result<(IpAddr, u8)> {
@@ -171,7 +215,11 @@ fn cidr(field: &str, text: &str) -> Result<(IpAddr, u8)> {
     let address: IpAddr = address.parse().map_err(|_| wrong())?;
     let prefix: u8 = prefix.parse().map_err(|_| wrong())?;
     let longest = if address.is_ipv4() { 32 } else { 128 };
-    if prefix > longest { Err(wrong()) } else { Ok((address, prefix)) }
+    if prefix > longest {
+        Err(wrong())
+    } else {
+        Ok((address, prefix))
+    }
 }
 
 struct Link {
@@ -193,7 +241,10 @@ impl Netlink {
             socket.bind_auto()?;
             Ok(socket)
         };
-        Ok(Self { socket: open().context(|| "cannot open route netlink".into())?, sequence: 0 })
+        Ok(Self {
+            socket: open().context(|| "cannot open route netlink".into())?,
+            sequence: 0,
+        })
     }
 
     fn request(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<Vec<RouteNetlinkMessage>> {
@@ -210,7 +261,8 @@ impl Netlink {
             let (datagram, _) = self.socket.recv_from_full()?;
             let mut rest = &datagram[..];
             while !rest.is_empty() {
-                let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest).map_err(io::Error::other)?;
+                let message =
+                    NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest).map_err(io::Error::other)?;
                 // Messages are padded to four bytes.
                 let length = (message.header.length as usize).next_multiple_of(4).max(16);
                 rest = rest.get(length..).unwrap_or_default();
@@ -235,8 +287,14 @@ impl Netlink {
         Ok(answers
             .into_iter()
             .filter_map(|answer| {
-                let RouteNetlinkMessage::NewLink(link) = answer else { return None };
-                let mut found = Link { index: link.header.index, name: String::new(), mac: Vec::new() };
+                let RouteNetlinkMessage::NewLink(link) = answer else {
+                    return None;
+                };
+                let mut found = Link {
+                    index: link.header.index,
+                    name: String::new(),
+                    mac: Vec::new(),
+                };
                 for attribute in link.attributes {
                     match attribute {
                         LinkAttribute::IfName(name) => found.name = name,
@@ -269,20 +327,29 @@ impl Netlink {
                 message.attributes.push(AddressAttribute::Local(address));
                 if prefix < 31 {
                     let host = u32::MAX.checked_shr(u32::from(prefix)).unwrap_or(0);
-                    message.attributes.push(AddressAttribute::Broadcast((u32::from(v4) | host).into()));
+                    message
+                        .attributes
+                        .push(AddressAttribute::Broadcast((u32::from(v4) | host).into()));
                 }
             }
             // CNI has made sure that the address is the pod's own; waiting a second for it helps nobody.
             IpAddr::V6(_) => message.header.flags = AddressHeaderFlags::Nodad,
         }
-        self.request(RouteNetlinkMessage::NewAddress(message), NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE)
-            .map(drop)
-            .context(|| format!("cannot add address {address}/{prefix}"))
+        self.request(
+            RouteNetlinkMessage::NewAddress(message),
+            NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE,
+        )
+        .map(drop)
+        .context(|| format!("cannot add address {address}/{prefix}"))
     }
 
     fn add_route(&mut self, index: u32, route: &RoutePlan) -> Result<()> {
         let mut message = RouteMessage::default();
-        let any = route.destination.map(|(ip, _)| ip).or(route.gateway).or(route.source);
+        let any = route
+            .destination
+            .map(|(ip, _)| ip)
+            .or(route.gateway)
+            .or(route.source);
         message.header.address_family = any.map_or(AddressFamily::Inet, family);
         message.header.table = RouteHeader::RT_TABLE_MAIN;
         message.header.protocol = RouteProtocol::Static;
@@ -293,25 +360,38 @@ impl Netlink {
         }
         if let Some((destination, prefix)) = route.destination {
             message.header.destination_prefix_length = prefix;
-            message.attributes.push(RouteAttribute::Destination(route_address(destination)));
+            message
+                .attributes
+                .push(RouteAttribute::Destination(route_address(destination)));
         }
         if let Some(gateway) = route.gateway {
-            message.attributes.push(RouteAttribute::Gateway(route_address(gateway)));
+            message
+                .attributes
+                .push(RouteAttribute::Gateway(route_address(gateway)));
         }
         if let Some(source) = route.source {
-            message.attributes.push(RouteAttribute::PrefSource(route_address(source)));
+            message
+                .attributes
+                .push(RouteAttribute::PrefSource(route_address(source)));
         }
         if route.priority != 0 {
             message.attributes.push(RouteAttribute::Priority(route.priority));
         }
         message.attributes.push(RouteAttribute::Oif(index));
-        self.request(RouteNetlinkMessage::NewRoute(message), NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE)
-            .map(drop)
-            .context(|| {
-                let to = route.destination.map_or("default".into(), |(ip, prefix)| format!("{ip}/{prefix}"));
-                let via = route.gateway.map_or(String::new(), |gateway| format!(" via {gateway}"));
-                format!("cannot add route {to}{via}")
-            })
+        self.request(
+            RouteNetlinkMessage::NewRoute(message),
+            NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE,
+        )
+        .map(drop)
+        .context(|| {
+            let to = route
+                .destination
+                .map_or("default".into(), |(ip, prefix)| format!("{ip}/{prefix}"));
+            let via = route
+                .gateway
+                .map_or(String::new(), |gateway| format!(" via {gateway}"));
+            format!("cannot add route {to}{via}")
+        })
     }
 
     fn add_neighbour(&mut self, index: u32, address: IpAddr, neighbour: &Neighbour) -> Result<()> {
@@ -320,21 +400,36 @@ impl Netlink {
         message.header.ifindex = index;
         let state = u16::try_from(neighbour.state)
             .map_err(|_| Error::Invalid(format!("neighbours.state {} is no state", neighbour.state)))?;
-        message.header.state = if state == 0 { NeighbourState::Permanent } else { state.into() };
+        message.header.state = if state == 0 {
+            NeighbourState::Permanent
+        } else {
+            state.into()
+        };
         message.header.kind = RouteType::Unicast;
-        message.attributes.push(NeighbourAttribute::Destination(match address {
-            IpAddr::V4(address) => NeighbourAddress::Inet(address),
-            IpAddr::V6(address) => NeighbourAddress::Inet6(address),
-        }));
-        message.attributes.push(NeighbourAttribute::LinkLayerAddress(neighbour.mac.clone()));
-        self.request(RouteNetlinkMessage::NewNeighbour(message), NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE)
-            .map(drop)
-            .context(|| format!("cannot add neighbour {address}"))
+        message
+            .attributes
+            .push(NeighbourAttribute::Destination(match address {
+                IpAddr::V4(address) => NeighbourAddress::Inet(address),
+                IpAddr::V6(address) => NeighbourAddress::Inet6(address),
+            }));
+        message
+            .attributes
+            .push(NeighbourAttribute::LinkLayerAddress(neighbour.mac.clone()));
+        self.request(
+            RouteNetlinkMessage::NewNeighbour(message),
+            NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE,
+        )
+        .map(drop)
+        .context(|| format!("cannot add neighbour {address}"))
     }
 }
 
 fn family(address: IpAddr) -> AddressFamily {
-    if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
+    if address.is_ipv4() {
+        AddressFamily::Inet
+    } else {
+        AddressFamily::Inet6
+    }
 }
 
 fn route_address(address: IpAddr) -> RouteAddress {
@@ -354,7 +449,10 @@ mod tests {
             mac: vec![2, 0, 0, 0, 0, 1],
             mtu: 1500,
             addresses: vec!["10.1.0.2/16".into(), "fd00::2/64".into()],
-            routes: vec![Route { gateway: "10.1.0.1".into(), ..Route::default() }],
+            routes: vec![Route {
+                gateway: "10.1.0.1".into(),
+                ..Route::default()
+            }],
             neighbours: Vec::new(),
         }
     }

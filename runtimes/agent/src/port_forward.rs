@@ -31,14 +31,19 @@ pub(crate) async fn start(mut input: Streaming<PortChunk>) -> Result<Chunks> {
         io::ErrorKind::ConnectionRefused => {
             Error::State(format!("nothing listens on port {port} of the pod's localhost"))
         }
-        _ => Error::Failed { what: format!("cannot connect to port {port}"), source: error.into() },
+        _ => Error::Failed {
+            what: format!("cannot connect to port {port}"),
+            source: error.into(),
+        },
     })?;
     let (mut from_socket, mut to_socket) = socket.into_split();
     let (sender, receiver) = mpsc::channel(2);
     let reading = sender.clone();
     tokio::spawn(async move {
         loop {
-            let Ok(permit) = reading.reserve().await else { return };
+            let Ok(permit) = reading.reserve().await else {
+                return;
+            };
             let mut buffer = vec![0; MAX_CHUNK_BYTES];
             let read = tokio::select! {
                 biased;
@@ -47,12 +52,20 @@ pub(crate) async fn start(mut input: Streaming<PortChunk>) -> Result<Chunks> {
             };
             match read {
                 Ok(0) => {
-                    permit.send(Ok(PortChunk { port: 0, data: Vec::new(), eof: true }));
+                    permit.send(Ok(PortChunk {
+                        port: 0,
+                        data: Vec::new(),
+                        eof: true,
+                    }));
                     return;
                 }
                 Ok(length) => {
                     buffer.truncate(length);
-                    permit.send(Ok(PortChunk { port: 0, data: buffer, eof: false }));
+                    permit.send(Ok(PortChunk {
+                        port: 0,
+                        data: buffer,
+                        eof: false,
+                    }));
                 }
                 Err(error) => {
                     permit.send(Err(Status::unavailable(format!("the connection broke: {error}"))));
@@ -85,7 +98,9 @@ pub(crate) async fn start(mut input: Streaming<PortChunk>) -> Result<Chunks> {
 async fn connect(port: u16) -> io::Result<TcpStream> {
     match TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await {
         Ok(socket) => Ok(socket),
-        Err(first) => TcpStream::connect((Ipv6Addr::LOCALHOST, port)).await.map_err(|_| first),
+        Err(first) => TcpStream::connect((Ipv6Addr::LOCALHOST, port))
+            .await
+            .map_err(|_| first),
     }
 }
 
@@ -100,8 +115,24 @@ mod tests {
             println!("skipped: a_listener_of_one_family_only_is_reached: no IPv6 on this machine");
             return;
         };
-        assert!(connect(v6.local_addr().unwrap().port()).await.unwrap().peer_addr().unwrap().is_ipv6());
-        let v4 = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-        assert!(connect(v4.local_addr().unwrap().port()).await.unwrap().peer_addr().unwrap().is_ipv4());
+        assert!(
+            connect(v6.local_addr().unwrap().port())
+                .await
+                .unwrap()
+                .peer_addr()
+                .unwrap()
+                .is_ipv6()
+        );
+        let v4 = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+            .await
+            .unwrap();
+        assert!(
+            connect(v4.local_addr().unwrap().port())
+                .await
+                .unwrap()
+                .peer_addr()
+                .unwrap()
+                .is_ipv4()
+        );
     }
 }

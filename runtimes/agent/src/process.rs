@@ -48,7 +48,10 @@ impl Process {
     pub(crate) async fn wait(&self) -> Result<Ended> {
         let mut ended = self.ended.clone();
         let ended = ended.wait_for(Option::is_some).await.map(|ended| *ended);
-        ended.ok().flatten().ok_or_else(|| Error::State("the guest is going down".into()))
+        ended
+            .ok()
+            .flatten()
+            .ok_or_else(|| Error::State("the guest is going down".into()))
     }
 }
 
@@ -82,23 +85,43 @@ impl Stdio {
         let (sink, stdin) = if stdin {
             let (read, write) = pipe()?;
             own(&read, uid, gid)?;
-            (Some(Sink::Pipe(pipe::Sender::from_owned_fd(write).context(|| "cannot poll a pipe".into())?)), read)
+            (
+                Some(Sink::Pipe(
+                    pipe::Sender::from_owned_fd(write).context(|| "cannot poll a pipe".into())?,
+                )),
+                read,
+            )
         } else {
             (None, null()?)
         };
-        let source = |fd| pipe::Receiver::from_owned_fd(fd).map(Source::Pipe).context(|| "cannot poll a pipe".into());
+        let source = |fd| {
+            pipe::Receiver::from_owned_fd(fd)
+                .map(Source::Pipe)
+                .context(|| "cannot poll a pipe".into())
+        };
         let stdio = Self {
             stdin: Mutex::new(sink),
             stdout: Mutex::new(Some(source(out_read)?)),
             stderr: Mutex::new(Some(source(err_read)?)),
             terminal: None,
         };
-        Ok((stdio, ChildStdio { stdin, stdout: out_write, stderr: err_write }))
+        Ok((
+            stdio,
+            ChildStdio {
+                stdin,
+                stdout: out_write,
+                stderr: err_write,
+            },
+        ))
     }
 
     /// For a process with a terminal, until its master comes.
     pub(crate) fn null_child() -> Result<ChildStdio> {
-        Ok(ChildStdio { stdin: null()?, stdout: null()?, stderr: null()? })
+        Ok(ChildStdio {
+            stdin: null()?,
+            stdout: null()?,
+            stderr: null()?,
+        })
     }
 
     /// A terminal's master. The slave is given to the process's user.
@@ -177,7 +200,11 @@ pub(crate) fn output(process: &Arc<Process>) -> mpsc::Receiver<std::result::Resu
     for stream in [STDOUT, STDERR] {
         let (process, sender) = (Arc::clone(process), sender.clone());
         tokio::spawn(async move {
-            let source = if stream == STDOUT { &process.stdio.stdout } else { &process.stdio.stderr };
+            let source = if stream == STDOUT {
+                &process.stdio.stdout
+            } else {
+                &process.stdio.stderr
+            };
             let mut source = tokio::select! {
                 source = source.lock() => source,
                 () = sender.closed() => return,
@@ -185,7 +212,9 @@ pub(crate) fn output(process: &Arc<Process>) -> mpsc::Receiver<std::result::Resu
             let ended = loop {
                 let Some(open) = &mut *source else { break true };
                 // Room first: bytes that were read can be sent.
-                let Ok(permit) = sender.reserve().await else { break false };
+                let Ok(permit) = sender.reserve().await else {
+                    break false;
+                };
                 let mut buffer = vec![0; MAX_CHUNK_BYTES];
                 let read = tokio::select! {
                     biased;
@@ -199,7 +228,9 @@ pub(crate) fn output(process: &Arc<Process>) -> mpsc::Receiver<std::result::Resu
                         permit.send(Ok(OutputChunk { stream, data: buffer }));
                     }
                     Err(error) => {
-                        permit.send(Err(Status::internal(format!("cannot read the process's output: {error}"))));
+                        permit.send(Err(Status::internal(format!(
+                            "cannot read the process's output: {error}"
+                        ))));
                         break true;
                     }
                 }
@@ -217,9 +248,7 @@ async fn read(source: &mut Source, buffer: &mut [u8]) -> io::Result<usize> {
         Source::Pipe(pipe) => pipe.read(buffer).await,
         Source::Terminal(master) => loop {
             let mut ready = master.readable().await?;
-            let result = ready.try_io(|fd| {
-                nix::unistd::read(fd.get_ref(), buffer).map_err(io::Error::from)
-            });
+            let result = ready.try_io(|fd| nix::unistd::read(fd.get_ref(), buffer).map_err(io::Error::from));
             match result {
                 // The last process has closed the terminal.
                 Ok(Err(error)) if error.raw_os_error() == Some(libc::EIO) => return Ok(0),
@@ -255,19 +284,30 @@ fn pipe() -> Result<(OwnedFd, OwnedFd)> {
 }
 
 fn null() -> Result<OwnedFd> {
-    let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null");
+    let null = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/null");
     null.map(OwnedFd::from).context(|| "cannot open /dev/null".into())
 }
 
 fn own(fd: &OwnedFd, uid: u32, gid: u32) -> Result<()> {
-    nix::unistd::fchown(fd, Some(uid.into()), Some(gid.into())).context(|| "cannot hand stdio to the user".into())
+    nix::unistd::fchown(fd, Some(uid.into()), Some(gid.into()))
+        .context(|| "cannot hand stdio to the user".into())
 }
 
 fn set_size(master: &OwnedFd, rows: u16, columns: u16) -> Result<()> {
-    let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    let size = libc::winsize {
+        ws_row: rows,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
     // SAFETY: TIOCSWINSZ reads a winsize.
     let result = unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
-    nix::errno::Errno::result(result).map(drop).context(|| "cannot resize the terminal".into())
+    nix::errno::Errno::result(result)
+        .map(drop)
+        .context(|| "cannot resize the terminal".into())
 }
 
 #[cfg(test)]
@@ -342,7 +382,11 @@ mod tests {
         };
         tokio::time::sleep(Duration::from_millis(20)).await;
         assert!(!writing.is_finished());
-        ended.send_replace(Some(Ended { code: 0, at_ns: 1, oom_killed: false }));
+        ended.send_replace(Some(Ended {
+            code: 0,
+            at_ns: 1,
+            oom_killed: false,
+        }));
         writing.await.unwrap().unwrap();
         process.stdio.close_stdin().await;
         assert!(process.stdio.write(b"x", &process.ended).await.is_err());

@@ -52,7 +52,10 @@ impl Reaper {
     /// Watches a child that cannot have been reaped yet, see the module's documentation.
     pub(crate) fn watch(&self, pid: i32) -> ExitWatch {
         let (sender, receiver) = watch::channel(None);
-        self.watched.lock().unwrap_or_else(PoisonError::into_inner).insert(pid, sender);
+        self.watched
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(pid, sender);
         receiver
     }
 
@@ -64,9 +67,16 @@ impl Reaper {
             if pid <= 0 {
                 return;
             }
-            let watcher = self.watched.lock().unwrap_or_else(PoisonError::into_inner).remove(&pid);
+            let watcher = self
+                .watched
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .remove(&pid);
             if let Some(watcher) = watcher {
-                watcher.send_replace(Some(Exit { code: exit_code(status), at_ns: guest_clock::now_ns() }));
+                watcher.send_replace(Some(Exit {
+                    code: exit_code(status),
+                    at_ns: guest_clock::now_ns(),
+                }));
             }
         }
     }
@@ -74,7 +84,11 @@ impl Reaper {
 
 /// Exit code of a wait status. Not nix's enum: it knows no realtime signals.
 fn exit_code(status: i32) -> i32 {
-    if libc::WIFSIGNALED(status) { 128 + libc::WTERMSIG(status) } else { libc::WEXITSTATUS(status) }
+    if libc::WIFSIGNALED(status) {
+        128 + libc::WTERMSIG(status)
+    } else {
+        libc::WEXITSTATUS(status)
+    }
 }
 
 /// Waits for the end of a watched process.

@@ -45,7 +45,10 @@ pub(crate) fn set_sysctl(name: &str, value: &str) -> Result<()> {
     fs::write(Path::new("/proc/sys").join(path), value).map_err(|error| match error.raw_os_error() {
         Some(libc::ENOENT) => Error::Invalid(format!("the guest kernel has no sysctl {name}")),
         Some(libc::EINVAL) => Error::Invalid(format!("{value:?} is no value for sysctl {name}")),
-        _ => Error::Failed { what: format!("cannot set sysctl {name}"), source: error.into() },
+        _ => Error::Failed {
+            what: format!("cannot set sysctl {name}"),
+            source: error.into(),
+        },
     })
 }
 
@@ -86,7 +89,9 @@ fn mount_shm(bytes: u64) -> Result<()> {
         Some(size.as_str()),
     );
     match remount {
-        Err(Errno::EINVAL) => Err(Error::State(format!("{target} holds more than {bytes} bytes already"))),
+        Err(Errno::EINVAL) => Err(Error::State(format!(
+            "{target} holds more than {bytes} bytes already"
+        ))),
         result => result.context(|| format!("cannot resize {target}")),
     }
 }
@@ -97,8 +102,14 @@ mod tests {
 
     #[test]
     fn sysctl_names_have_dots_or_slashes() {
-        assert_eq!(sysctl_path("net.ipv4.ip_forward").as_deref(), Some("net/ipv4/ip_forward"));
-        assert_eq!(sysctl_path("net/ipv4/conf/eth0.1/forwarding").as_deref(), Some("net/ipv4/conf/eth0.1/forwarding"));
+        assert_eq!(
+            sysctl_path("net.ipv4.ip_forward").as_deref(),
+            Some("net/ipv4/ip_forward")
+        );
+        assert_eq!(
+            sysctl_path("net/ipv4/conf/eth0.1/forwarding").as_deref(),
+            Some("net/ipv4/conf/eth0.1/forwarding")
+        );
         assert_eq!(
             sysctl_path("net.ipv4.conf.eth0/1.forwarding").as_deref(),
             Some("net/ipv4/conf/eth0.1/forwarding")

@@ -32,7 +32,9 @@ const RETRY_PAUSE: Duration = Duration::from_millis(50);
 /// Serves until the guest goes down.
 pub(crate) fn run(guest: Guest) -> Result<Infallible, Box<dyn std::error::Error + Send + Sync>> {
     // One thread: the agent forks.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     runtime.block_on(async {
         let reaper = Reaper::start().context(|| "cannot watch for ended processes".into())?;
         let transport = Transport::open(&guest.command_line).await?;
@@ -54,13 +56,18 @@ async fn connection(
     service: AgentServer<Service>,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let mut stream = transport.accept().await?;
-    let Some(first) = handshake(&mut stream).await? else { return Ok(()) };
+    let Some(first) = handshake(&mut stream).await? else {
+        return Ok(());
+    };
     http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_concurrent_streams(STREAMS_MAX)
-        .serve_connection(TokioIo::new(Replay::new(first, stream)), TowerToHyperService::new(service))
+        .serve_connection(
+            TokioIo::new(Replay::new(first, stream)),
+            TowerToHyperService::new(service),
+        )
         .await?;
     Ok(())
 }
@@ -144,7 +151,10 @@ mod tests {
         let (mut shim, mut agent) = tokio::io::duplex(4096);
         let serving = tokio::spawn(async move { handshake(&mut agent).await.unwrap() });
         let mut read = vec![0; answer(ONE).len()];
-        for (sent, expected) in [(greeting(ONE), answer(ONE)), ([greeting(ONE), greeting(TWO)].concat(), answer(TWO))] {
+        for (sent, expected) in [
+            (greeting(ONE), answer(ONE)),
+            ([greeting(ONE), greeting(TWO)].concat(), answer(TWO)),
+        ] {
             shim.write_all(&sent).await.unwrap();
             shim.read_exact(&mut read).await.unwrap();
             assert_eq!(read, expected);

@@ -7,9 +7,9 @@ use std::time::Duration;
 use catamaran_guest_protocol::v1::agent_server::Agent;
 use catamaran_guest_protocol::v1::{
     ConfigureInterfaceRequest, ConfigureSandboxRequest, ContainerRequest, CreateContainerRequest, Empty,
-    ExecRequest, HelloRequest, HelloResponse, InputChunk, MountRequest, OutputChunk, PortChunk, ProcessRequest,
-    ProcessResponse, ResizeRequest, SignalRequest, StatsRequest, StatsResponse, UnmountRequest, UpdateRequest,
-    WaitResponse,
+    ExecRequest, HelloRequest, HelloResponse, InputChunk, MountRequest, OutputChunk, PortChunk,
+    ProcessRequest, ProcessResponse, ResizeRequest, SignalRequest, StatsRequest, StatsResponse,
+    UnmountRequest, UpdateRequest, WaitResponse,
 };
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
@@ -28,7 +28,10 @@ pub(crate) struct Service {
 
 impl Service {
     pub(crate) fn new(guest: Guest, containers: Arc<Containers>) -> Self {
-        Self { guest: Arc::new(guest), containers }
+        Self {
+            guest: Arc::new(guest),
+            containers,
+        }
     }
 }
 
@@ -75,9 +78,15 @@ impl Agent for Service {
     }
 
     async fn create_container(&self, request: Request<CreateContainerRequest>) -> Answer<ProcessResponse> {
-        let CreateContainerRequest { container_id, spec, stdin } = request.into_inner();
+        let CreateContainerRequest {
+            container_id,
+            spec,
+            stdin,
+        } = request.into_inner();
         let pid = self.containers.create(container_id, spec, stdin).await?;
-        Ok(Response::new(ProcessResponse { pid: pid.cast_unsigned() }))
+        Ok(Response::new(ProcessResponse {
+            pid: pid.cast_unsigned(),
+        }))
     }
 
     async fn start_container(&self, request: Request<ContainerRequest>) -> Answer<Empty> {
@@ -86,20 +95,39 @@ impl Agent for Service {
     }
 
     async fn exec(&self, request: Request<ExecRequest>) -> Answer<ProcessResponse> {
-        let ExecRequest { container_id, exec_id, process, stdin } = request.into_inner();
-        let pid = self.containers.exec(container_id, exec_id, process, stdin).await?;
-        Ok(Response::new(ProcessResponse { pid: pid.cast_unsigned() }))
+        let ExecRequest {
+            container_id,
+            exec_id,
+            process,
+            stdin,
+        } = request.into_inner();
+        let pid = self
+            .containers
+            .exec(container_id, exec_id, process, stdin)
+            .await?;
+        Ok(Response::new(ProcessResponse {
+            pid: pid.cast_unsigned(),
+        }))
     }
 
     async fn signal(&self, request: Request<SignalRequest>) -> Answer<Empty> {
         let request = request.get_ref();
-        self.containers.signal(&request.container_id, &request.exec_id, request.signal, request.all)?;
+        self.containers.signal(
+            &request.container_id,
+            &request.exec_id,
+            request.signal,
+            request.all,
+        )?;
         empty()
     }
 
     async fn wait(&self, request: Request<ProcessRequest>) -> Answer<WaitResponse> {
         let request = request.get_ref();
-        let ended = self.containers.find(&request.container_id, &request.exec_id)?.wait().await?;
+        let ended = self
+            .containers
+            .find(&request.container_id, &request.exec_id)?
+            .wait()
+            .await?;
         Ok(Response::new(WaitResponse {
             exit_code: ended.code,
             exited_at_ns: ended.at_ns,
@@ -109,7 +137,9 @@ impl Agent for Service {
 
     async fn delete(&self, request: Request<ProcessRequest>) -> Answer<Empty> {
         let request = request.get_ref();
-        self.containers.delete(&request.container_id, &request.exec_id).await?;
+        self.containers
+            .delete(&request.container_id, &request.exec_id)
+            .await?;
         empty()
     }
 
@@ -146,13 +176,17 @@ impl Agent for Service {
             u16::try_from(value).map_err(|_| Error::Invalid(format!("{name} {value} is more than 65535")))
         };
         let (rows, columns) = (size("height", request.height)?, size("width", request.width)?);
-        self.containers.find(&request.container_id, &request.exec_id)?.stdio.resize(rows, columns)?;
+        self.containers
+            .find(&request.container_id, &request.exec_id)?
+            .stdio
+            .resize(rows, columns)?;
         empty()
     }
 
     async fn update_resources(&self, request: Request<UpdateRequest>) -> Answer<Empty> {
         let request = request.get_ref();
-        self.containers.update(&request.container_id, &request.resources)?;
+        self.containers
+            .update(&request.container_id, &request.resources)?;
         empty()
     }
 

@@ -33,7 +33,9 @@ impl Owner {
         Self {
             uid: process.user().uid(),
             gid: process.user().gid(),
-            console_size: process.console_size().map(|size| (clip(size.height()), clip(size.width()))),
+            console_size: process
+                .console_size()
+                .map(|size| (clip(size.height()), clip(size.width()))),
         }
     }
 }
@@ -42,11 +44,23 @@ impl Owner {
 pub(crate) fn prepare(json: &[u8], container_id: &str, shared_pid: Option<i32>) -> Result<Prepared> {
     let mut spec: Spec =
         serde_json::from_slice(json).map_err(|error| Error::Invalid(format!("spec: {error}")))?;
-    if spec.hooks().as_ref().is_some_and(|hooks| serde_json::to_value(hooks).is_ok_and(|hooks| !is_empty(&hooks))) {
-        return Err(Error::Invalid("spec.hooks: hooks are programs of the host and cannot run in a guest".into()));
+    if spec
+        .hooks()
+        .as_ref()
+        .is_some_and(|hooks| serde_json::to_value(hooks).is_ok_and(|hooks| !is_empty(&hooks)))
+    {
+        return Err(Error::Invalid(
+            "spec.hooks: hooks are programs of the host and cannot run in a guest".into(),
+        ));
     }
-    let mut linux = spec.linux().clone().ok_or_else(|| Error::Invalid("spec.linux is missing".into()))?;
-    let mut process = spec.process().clone().ok_or_else(|| Error::Invalid("spec.process is missing".into()))?;
+    let mut linux = spec
+        .linux()
+        .clone()
+        .ok_or_else(|| Error::Invalid("spec.linux is missing".into()))?;
+    let mut process = spec
+        .process()
+        .clone()
+        .ok_or_else(|| Error::Invalid("spec.process is missing".into()))?;
     if spec.root().is_none() {
         return Err(Error::Invalid("spec.root is missing".into()));
     }
@@ -59,8 +73,13 @@ pub(crate) fn prepare(json: &[u8], container_id: &str, shared_pid: Option<i32>) 
             )));
         }
     }
-    if !namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Mount) {
-        return Err(Error::Invalid("spec.linux.namespaces: a container needs its own mount namespace".into()));
+    if !namespaces
+        .iter()
+        .any(|namespace| namespace.typ() == LinuxNamespaceType::Mount)
+    {
+        return Err(Error::Invalid(
+            "spec.linux.namespaces: a container needs its own mount namespace".into(),
+        ));
     }
     match shared_pid {
         Some(init) => {
@@ -72,7 +91,10 @@ pub(crate) fn prepare(json: &[u8], container_id: &str, shared_pid: Option<i32>) 
                 .context(|| "cannot name the pod's PID namespace".into())?;
             namespaces.push(shared);
         }
-        None if !namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Pid) => {
+        None if !namespaces
+            .iter()
+            .any(|namespace| namespace.typ() == LinuxNamespaceType::Pid) =>
+        {
             return Err(Error::Invalid(
                 "spec.linux.namespaces: a container needs a PID namespace where the pod shares none".into(),
             ));
@@ -80,7 +102,10 @@ pub(crate) fn prepare(json: &[u8], container_id: &str, shared_pid: Option<i32>) 
         None => {}
     }
     // The pod's hostname is the guest's, set for all.
-    if !namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Uts) {
+    if !namespaces
+        .iter()
+        .any(|namespace| namespace.typ() == LinuxNamespaceType::Uts)
+    {
         spec.set_hostname(None).set_domainname(None);
     }
     linux.set_namespaces(Some(namespaces));
@@ -92,7 +117,11 @@ pub(crate) fn prepare(json: &[u8], container_id: &str, shared_pid: Option<i32>) 
     if process.no_new_privileges() == Some(false) {
         process.set_no_new_privileges(None);
     }
-    let devices = linux.resources().as_ref().and_then(|resources| resources.devices().clone()).unwrap_or_default();
+    let devices = linux
+        .resources()
+        .as_ref()
+        .and_then(|resources| resources.devices().clone())
+        .unwrap_or_default();
     let prepared = Prepared {
         terminal: process.terminal().unwrap_or(false),
         owner: Owner::of(&process),
@@ -107,7 +136,9 @@ pub(crate) fn prepare(json: &[u8], container_id: &str, shared_pid: Option<i32>) 
 /// No hook of any kind.
 fn is_empty(hooks: &serde_json::Value) -> bool {
     hooks.as_object().is_none_or(|kinds| {
-        kinds.values().all(|kind| kind.is_null() || kind.as_array().is_some_and(Vec::is_empty))
+        kinds
+            .values()
+            .all(|kind| kind.is_null() || kind.as_array().is_some_and(Vec::is_empty))
     })
 }
 
@@ -140,14 +171,27 @@ mod tests {
         assert_eq!(prepared.sysctls["net.ipv4.ip_forward"], "1");
         assert!(prepared.spec.hostname().is_none());
         assert_eq!(prepared.spec.process().clone().unwrap().no_new_privileges(), None);
-        assert_eq!((prepared.owner.uid, prepared.owner.gid, prepared.terminal), (7, 8, false));
+        assert_eq!(
+            (prepared.owner.uid, prepared.owner.gid, prepared.terminal),
+            (7, 8, false)
+        );
     }
 
     #[test]
     fn a_shared_pid_namespace_replaces_the_own_one() {
         let prepared = prepare(&json(|_| ()), "c1", Some(42)).unwrap();
-        let namespaces = prepared.spec.linux().clone().unwrap().namespaces().clone().unwrap();
-        let pid: Vec<_> = namespaces.iter().filter(|ns| ns.typ() == LinuxNamespaceType::Pid).collect();
+        let namespaces = prepared
+            .spec
+            .linux()
+            .clone()
+            .unwrap()
+            .namespaces()
+            .clone()
+            .unwrap();
+        let pid: Vec<_> = namespaces
+            .iter()
+            .filter(|ns| ns.typ() == LinuxNamespaceType::Pid)
+            .collect();
         assert_eq!(pid.len(), 1);
         assert_eq!(pid[0].path().clone().unwrap().to_str(), Some("/proc/42/ns/pid"));
     }
@@ -155,13 +199,25 @@ mod tests {
     #[test]
     fn what_a_guest_cannot_do_is_refused_by_name() {
         let refused = |change: fn(&mut serde_json::Value), word: &str| {
-            let error = prepare(&json(change), "c1", None).err().expect("refused").to_string();
+            let error = prepare(&json(change), "c1", None)
+                .err()
+                .expect("refused")
+                .to_string();
             assert!(error.contains(word), "{error}");
         };
-        refused(|s| s["linux"]["namespaces"] = serde_json::json!([{"type": "mount"}]), "PID namespace");
+        refused(
+            |s| s["linux"]["namespaces"] = serde_json::json!([{"type": "mount"}]),
+            "PID namespace",
+        );
         refused(|s| s["linux"]["namespaces"][1]["path"] = "/run/x".into(), "path");
-        refused(|s| s["linux"]["namespaces"] = serde_json::json!([{"type": "pid"}]), "mount namespace");
-        refused(|s| s["hooks"] = serde_json::json!({"prestart": [{"path": "/bin/true"}]}), "hooks");
+        refused(
+            |s| s["linux"]["namespaces"] = serde_json::json!([{"type": "pid"}]),
+            "mount namespace",
+        );
+        refused(
+            |s| s["hooks"] = serde_json::json!({"prestart": [{"path": "/bin/true"}]}),
+            "hooks",
+        );
         refused(|s| s["linux"] = serde_json::Value::Null, "linux");
         refused(|s| s["process"] = serde_json::Value::Null, "process");
         assert!(prepare(b"{", "c1", None).is_err());

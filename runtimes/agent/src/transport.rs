@@ -36,9 +36,14 @@ pub(crate) enum Transport {
 impl Transport {
     /// Finds and opens the transport that the command line asks for.
     pub(crate) async fn open(command_line: &str) -> Result<Self> {
-        if command_line.split_ascii_whitespace().any(|word| word == VSOCK_CMDLINE) {
+        if command_line
+            .split_ascii_whitespace()
+            .any(|word| word == VSOCK_CMDLINE)
+        {
             let listener = listen_vsock().context(|| format!("cannot listen on vsock port {VSOCK_PORT}"))?;
-            return Ok(Self::Vsock(register(listener).context(|| "cannot poll the vsock socket".into())?));
+            return Ok(Self::Vsock(
+                register(listener).context(|| "cannot poll the vsock socket".into())?,
+            ));
         }
         let deadline = Instant::now() + APPEARS_WITHIN;
         loop {
@@ -51,7 +56,9 @@ impl Transport {
                 }
             }
             if Instant::now() >= deadline {
-                return Err(Error::Timeout(format!("no virtio-serial port named {PORT_NAME} appeared")));
+                return Err(Error::Timeout(format!(
+                    "no virtio-serial port named {PORT_NAME} appeared"
+                )));
             }
             tokio::time::sleep(LOOK_EVERY).await;
         }
@@ -122,7 +129,11 @@ fn open_port(device: &Path) -> io::Result<OwnedFd> {
 
 /// Whether the host end of a port is connected: the driver reports a hang-up otherwise.
 fn host_connected(port: &OwnedFd) -> io::Result<bool> {
-    let mut poll = libc::pollfd { fd: port.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let mut poll = libc::pollfd {
+        fd: port.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
     // SAFETY: one pollfd, and no waiting.
     if unsafe { libc::poll(&raw mut poll, 1, 0) } < 0 {
         return Err(io::Error::last_os_error());
@@ -133,7 +144,11 @@ fn host_connected(port: &OwnedFd) -> io::Result<bool> {
 fn listen_vsock() -> io::Result<OwnedFd> {
     // SAFETY: socket takes three integers.
     let fd = unsafe {
-        libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK, 0)
+        libc::socket(
+            libc::AF_VSOCK,
+            libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK,
+            0,
+        )
     };
     if fd < 0 {
         return Err(io::Error::last_os_error());
@@ -168,7 +183,8 @@ impl AsyncRead for Stream {
             let unfilled = buffer.initialize_unfilled();
             let result = ready.try_io(|fd| {
                 // SAFETY: the buffer is valid for its length.
-                let read = unsafe { libc::read(fd.as_raw_fd(), unfilled.as_mut_ptr().cast(), unfilled.len()) };
+                let read =
+                    unsafe { libc::read(fd.as_raw_fd(), unfilled.as_mut_ptr().cast(), unfilled.len()) };
                 usize::try_from(read).map_err(|_| io::Error::last_os_error())
             });
             match result {

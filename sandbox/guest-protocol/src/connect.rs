@@ -8,9 +8,9 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tonic::transport::{Channel, Endpoint, Uri};
 
-use crate::{MAX_MESSAGE_BYTES, Replay};
 use crate::handshake::{Finder, greeting};
 use crate::v1::agent_client::AgentClient;
+use crate::{MAX_MESSAGE_BYTES, Replay};
 
 /// Between two greetings while the agent has not answered.
 const GREETING_INTERVAL: Duration = Duration::from_millis(250);
@@ -44,7 +44,9 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     if nonce.len() != crate::handshake::NONCE_LEN
-        || !nonce.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+        || !nonce
+            .bytes()
+            .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
     {
         return Err(ConnectError::Nonce);
     }

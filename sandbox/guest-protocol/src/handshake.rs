@@ -31,13 +31,19 @@ impl Finder {
     /// For the agent: finds greetings.
     #[must_use]
     pub fn greetings() -> Self {
-        Self { prefix: GREETING, buffer: Vec::new() }
+        Self {
+            prefix: GREETING,
+            buffer: Vec::new(),
+        }
     }
 
     /// For the shim: finds answers.
     #[must_use]
     pub fn answers() -> Self {
-        Self { prefix: ANSWER, buffer: Vec::new() }
+        Self {
+            prefix: ANSWER,
+            buffer: Vec::new(),
+        }
     }
 
     /// Adds bytes and returns the nonce of the last complete line among all bytes so far, if there is one.
@@ -102,7 +108,9 @@ pub fn next(bytes: &[u8]) -> Next {
 
 fn nonce_of(line: &[u8], prefix: &[u8]) -> Option<String> {
     let nonce = line.strip_prefix(prefix)?.strip_suffix(b"\n")?;
-    let hex = nonce.iter().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(b));
+    let hex = nonce
+        .iter()
+        .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(b));
     hex.then(|| String::from_utf8_lossy(nonce).into_owned())
 }
 

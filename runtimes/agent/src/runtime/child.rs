@@ -57,12 +57,18 @@ pub(crate) fn main() -> ExitCode {
 /// A message of [`Payload`]'s check, found in what libcontainer made of it.
 fn payload_error(message: &str) -> Option<String> {
     let at = message.rfind(super::payload::MARK)?;
-    Some(message[at + super::payload::MARK.len()..].trim_end_matches('"').to_owned())
+    Some(
+        message[at + super::payload::MARK.len()..]
+            .trim_end_matches('"')
+            .to_owned(),
+    )
 }
 
 fn serve(socket: &mut UnixStream) -> Result<i32, Failure> {
     let mut body = Vec::new();
-    socket.read_to_end(&mut body).map_err(|error| format!("cannot read the request: {error}"))?;
+    socket
+        .read_to_end(&mut body)
+        .map_err(|error| format!("cannot read the request: {error}"))?;
     let request: Request =
         serde_json::from_slice(&body).map_err(|error| format!("cannot read the request: {error}"))?;
     // The agent's own protection from the OOM killer is not for containers.
@@ -70,9 +76,21 @@ fn serve(socket: &mut UnixStream) -> Result<i32, Failure> {
         .map_err(|error| format!("cannot set oom_score_adj: {error}"))?;
     match request {
         Request::Create { id, bundle, console } => create(id, &bundle, console).map_err(Failure::Failed),
-        Request::Exec { bundle, init, process, cgroup, cgroup_v2, console } => {
-            exec::run(&exec::Exec { bundle, init, process: *process, cgroup, cgroup_v2, console })
-        }
+        Request::Exec {
+            bundle,
+            init,
+            process,
+            cgroup,
+            cgroup_v2,
+            console,
+        } => exec::run(&exec::Exec {
+            bundle,
+            init,
+            process: *process,
+            cgroup,
+            cgroup_v2,
+            console,
+        }),
     }
 }
 
@@ -89,5 +107,8 @@ fn create(id: String, bundle: &Path, console: Option<PathBuf>) -> Result<i32, St
             .build()
     };
     let container = build().map_err(|error| chain(&error))?;
-    container.pid().map(|pid| pid.as_raw()).ok_or_else(|| "libcontainer made no process".into())
+    container
+        .pid()
+        .map(|pid| pid.as_raw())
+        .ok_or_else(|| "libcontainer made no process".into())
 }

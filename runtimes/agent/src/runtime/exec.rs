@@ -47,13 +47,19 @@ pub(super) fn run(exec: &Exec) -> Result<i32, Failure> {
     let mut process = exec.process.clone();
     if process.capabilities().is_none() {
         // Never more than the container's own.
-        process.set_capabilities(spec.process().as_ref().and_then(|first| first.capabilities().clone()));
+        process.set_capabilities(
+            spec.process()
+                .as_ref()
+                .and_then(|first| first.capabilities().clone()),
+        );
     }
     let init = open_pidfd(exec.init).map_err(|error| format!("the container's process is gone: {error}"))?;
     let flags = differing_namespaces(exec.init)
         .map_err(|error| format!("cannot read the container's namespaces: {error}"))?;
     let console = match &exec.console {
-        Some(path) => Some(UnixStream::connect(path).map_err(|error| format!("cannot reach the console socket: {error}"))?),
+        Some(path) => Some(
+            UnixStream::connect(path).map_err(|error| format!("cannot reach the console socket: {error}"))?,
+        ),
         None => None,
     };
     if let Some(score) = process.oom_score_adj() {
@@ -68,8 +74,7 @@ pub(super) fn run(exec: &Exec) -> Result<i32, Failure> {
     let version = if exec.cgroup_v2 { Version::V2 } else { Version::V1 };
     cgroup::join(version, &exec.cgroup).map_err(|error| chain(&error))?;
     setns(&init, flags).map_err(|error| format!("cannot join the container's namespaces: {error}"))?;
-    let (mut failure, report) =
-        std::io::pipe().map_err(|error| format!("cannot make a pipe: {error}"))?;
+    let (mut failure, report) = std::io::pipe().map_err(|error| format!("cannot make a pipe: {error}"))?;
     // SAFETY: this process has one thread.
     match unsafe { fork() }.map_err(|error| format!("cannot fork in the container: {error}"))? {
         ForkResult::Child => {
@@ -103,7 +108,10 @@ pub(super) fn run(exec: &Exec) -> Result<i32, Failure> {
 fn open_pidfd(pid: i32) -> std::io::Result<OwnedFd> {
     // SAFETY: pidfd_open takes a pid and flags.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0).ok_or_else(std::io::Error::last_os_error)?;
+    let fd = i32::try_from(fd)
+        .ok()
+        .filter(|fd| *fd >= 0)
+        .ok_or_else(std::io::Error::last_os_error)?;
     // SAFETY: the kernel returned a new descriptor that nothing else owns.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
@@ -151,8 +159,12 @@ fn set_up(
             .map_err(|error| format!("cannot become root of the user namespace: {}", chain(&error)))?;
     }
     if let Some(console) = console {
-        tty::setup_console(&*SyscallType::default().create_syscall(), console.into_raw_fd(), false)
-            .map_err(|error| format!("cannot make a terminal: {}", chain(&error)))?;
+        tty::setup_console(
+            &*SyscallType::default().create_syscall(),
+            console.into_raw_fd(),
+            false,
+        )
+        .map_err(|error| format!("cannot make a terminal: {}", chain(&error)))?;
     }
     for limit in process.rlimits().iter().flatten() {
         syscall
@@ -164,7 +176,10 @@ fn set_up(
     if no_new_privileges {
         // SAFETY: PR_SET_NO_NEW_PRIVS takes 1 and zeros.
         if unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) } != 0 {
-            return Err(format!("cannot set no_new_privs: {}", std::io::Error::last_os_error()));
+            return Err(format!(
+                "cannot set no_new_privs: {}",
+                std::io::Error::last_os_error()
+            ));
         }
     }
     if let Some(umask) = process.user().umask() {
@@ -173,12 +188,23 @@ fn set_up(
     let directory = process.cwd();
     // As root first: directories that the user may not search are still his working directory, as in runc.
     let entered = std::env::set_current_dir(directory);
-    let groups: Vec<_> = process.user().additional_gids().iter().flatten().copied().collect();
+    let groups: Vec<_> = process
+        .user()
+        .additional_gids()
+        .iter()
+        .flatten()
+        .copied()
+        .collect();
     set_groups(&groups)?;
     syscall
         .set_id(process.user().uid().into(), process.user().gid().into())
         .map_err(|error| {
-            format!("cannot become user {}:{}: {}", process.user().uid(), process.user().gid(), chain(&error))
+            format!(
+                "cannot become user {}:{}: {}",
+                process.user().uid(),
+                process.user().gid(),
+                chain(&error)
+            )
         })?;
     if let Some(filter) = filter.filter(|_| !no_new_privileges) {
         load_filter(filter)?;
@@ -203,7 +229,11 @@ fn set_up(
 fn set_groups(groups: &[u32]) -> Result<(), String> {
     // SAFETY: a pointer to as many groups as are told.
     let result = unsafe { libc::setgroups(groups.len(), groups.as_ptr()) };
-    if result == 0 { Ok(()) } else { Err(format!("cannot set groups: {}", std::io::Error::last_os_error())) }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(format!("cannot set groups: {}", std::io::Error::last_os_error()))
+    }
 }
 
 fn load_filter(filter: &LinuxSeccomp) -> Result<(), String> {
@@ -217,7 +247,14 @@ fn load_filter(filter: &LinuxSeccomp) -> Result<(), String> {
 
 fn close_on_exec() -> Result<(), String> {
     // SAFETY: only marks descriptors.
-    let result = unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            3,
+            libc::c_uint::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
+    };
     if result == 0 {
         return Ok(());
     }

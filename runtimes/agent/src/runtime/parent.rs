@@ -46,15 +46,20 @@ pub(crate) struct Console {
 impl Console {
     pub(crate) fn new() -> Result<Self> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
-        let path =
-            PathBuf::from(format!("{}/console-{}.sock", boot::STATE, NEXT.fetch_add(1, Ordering::Relaxed)));
+        let path = PathBuf::from(format!(
+            "{}/console-{}.sock",
+            boot::STATE,
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        ));
         let listener = UnixListener::bind(&path).context(|| "cannot make the console socket".into())?;
         Ok(Self { listener, path })
     }
 
     async fn receive(&self) -> io::Result<OwnedFd> {
         let (stream, _) = self.listener.accept().await?;
-        stream.async_io(Interest::READABLE, || receive_descriptor(stream.as_raw_fd())).await
+        stream
+            .async_io(Interest::READABLE, || receive_descriptor(stream.as_raw_fd()))
+            .await
     }
 }
 
@@ -69,7 +74,12 @@ fn receive_descriptor(socket: RawFd) -> io::Result<OwnedFd> {
     let mut name = [0; 128];
     let mut slices = [io::IoSliceMut::new(&mut name)];
     let mut control = nix::cmsg_space!([RawFd; 1]);
-    let message = recvmsg::<()>(socket, &mut slices, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)?;
+    let message = recvmsg::<()>(
+        socket,
+        &mut slices,
+        Some(&mut control),
+        MsgFlags::MSG_CMSG_CLOEXEC,
+    )?;
     for control in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(descriptors) = control
             && let Some(descriptor) = descriptors.first()
@@ -100,7 +110,9 @@ pub(crate) async fn run(
         let (read, mut write) = socket.split();
         write.shutdown().await?;
         let mut line = Vec::new();
-        BufReader::new(read.take(ANSWER_MAX)).read_until(b'\n', &mut line).await?;
+        BufReader::new(read.take(ANSWER_MAX))
+            .read_until(b'\n', &mut line)
+            .await?;
         io::Result::Ok((line, socket))
     };
     // A copy of the socket may stay open in a half-made container, so the runtime process's end counts too.
@@ -125,16 +137,22 @@ pub(crate) async fn run(
             return Err(error).context(|| "the runtime process cannot be talked to".into());
         }
         Err(what) => {
-            let code = helper_exit.borrow().map_or(String::new(), |exit| format!(", exit code {}", exit.code));
+            let code = helper_exit
+                .borrow()
+                .map_or(String::new(), |exit| format!(", exit code {}", exit.code));
             kill();
-            return Err(Error::State(format!("the container's runtime process {what}{code}")));
+            return Err(Error::State(format!(
+                "the container's runtime process {what}{code}"
+            )));
         }
     };
     let answer: Answer = match serde_json::from_slice(&line) {
         Ok(answer) => answer,
         Err(error) => {
             kill();
-            let code = helper_exit.borrow().map_or(String::new(), |exit| format!(" (exit code {})", exit.code));
+            let code = helper_exit
+                .borrow()
+                .map_or(String::new(), |exit| format!(" (exit code {})", exit.code));
             return Err(error).context(|| format!("the runtime process ended without an answer{code}"));
         }
     };
@@ -142,7 +160,10 @@ pub(crate) async fn run(
         Answer::Pid(pid) => pid,
         Answer::Invalid(message) => return Err(Error::Invalid(message)),
         Answer::Failed(message) => {
-            return Err(Error::Failed { what: "the process cannot be made".into(), source: message.into() });
+            return Err(Error::Failed {
+                what: "the process cannot be made".into(),
+                source: message.into(),
+            });
         }
     };
     let exit = reaper.watch(pid);

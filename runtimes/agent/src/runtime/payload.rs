@@ -76,7 +76,11 @@ pub(super) fn find(process: &Process) -> Result<PathBuf, String> {
             Err(why) => denied |= why == "permission denied",
         }
     }
-    let why = if denied { "permission denied" } else { "executable file not found in $PATH" };
+    let why = if denied {
+        "permission denied"
+    } else {
+        "executable file not found in $PATH"
+    };
     Err(format!("exec {name:?}: {why}"))
 }
 
@@ -137,24 +141,43 @@ mod tests {
     fn process(arguments: &[&str], environment: &[&str]) -> Process {
         let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
         let mut process = Process::default();
-        process.set_args(Some(words(arguments))).set_env(Some(words(environment)));
+        process
+            .set_args(Some(words(arguments)))
+            .set_env(Some(words(environment)));
         process
     }
 
     #[test]
     fn executables_are_found_with_and_without_a_path() {
-        assert_eq!(find(&process(&["/bin/sh"], &[])).unwrap(), PathBuf::from("/bin/sh"));
+        assert_eq!(
+            find(&process(&["/bin/sh"], &[])).unwrap(),
+            PathBuf::from("/bin/sh")
+        );
         assert!(find(&process(&["sh"], &[])).unwrap().ends_with("sh"));
-        assert!(find(&process(&["sh"], &["PATH=/bin"])).unwrap().starts_with("/bin"));
+        assert!(
+            find(&process(&["sh"], &["PATH=/bin"]))
+                .unwrap()
+                .starts_with("/bin")
+        );
     }
 
     #[test]
     fn the_reason_is_told() {
-        let why = |arguments: &[&str], environment: &[&str]| find(&process(arguments, environment)).unwrap_err();
-        assert_eq!(why(&["sh"], &["PATH=/nowhere"]), "exec \"sh\": executable file not found in $PATH");
-        assert_eq!(why(&["/nowhere/x"], &[]), "exec \"/nowhere/x\": no such file or directory");
+        let why =
+            |arguments: &[&str], environment: &[&str]| find(&process(arguments, environment)).unwrap_err();
+        assert_eq!(
+            why(&["sh"], &["PATH=/nowhere"]),
+            "exec \"sh\": executable file not found in $PATH"
+        );
+        assert_eq!(
+            why(&["/nowhere/x"], &[]),
+            "exec \"/nowhere/x\": no such file or directory"
+        );
         assert_eq!(why(&["/etc"], &[]), "exec \"/etc\": is a directory");
-        assert_eq!(why(&["/etc/passwd"], &[]), "exec \"/etc/passwd\": permission denied");
+        assert_eq!(
+            why(&["/etc/passwd"], &[]),
+            "exec \"/etc/passwd\": permission denied"
+        );
         assert_eq!(why(&[], &[]), "process.args is empty");
     }
 }

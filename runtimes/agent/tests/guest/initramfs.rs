@@ -4,29 +4,32 @@
 use std::path::Path;
 
 /// Archive under construction.
-pub struct Initramfs {
+pub(crate) struct Initramfs {
     bytes: Vec<u8>,
     inode: u32,
 }
 
 impl Initramfs {
-    pub fn new() -> Self {
-        Self { bytes: Vec::new(), inode: 1 }
+    pub(crate) fn new() -> Self {
+        Self {
+            bytes: Vec::new(),
+            inode: 1,
+        }
     }
 
-    pub fn directory(&mut self, path: &str) -> &mut Self {
+    pub(crate) fn directory(&mut self, path: &str) -> &mut Self {
         self.entry(path, 0o040_755, (0, 0), &[])
     }
 
-    pub fn file(&mut self, path: &str, mode: u32, content: &[u8]) -> &mut Self {
+    pub(crate) fn file(&mut self, path: &str, mode: u32, content: &[u8]) -> &mut Self {
         self.entry(path, 0o100_000 | mode, (0, 0), content)
     }
 
-    pub fn link(&mut self, path: &str, target: &str) -> &mut Self {
+    pub(crate) fn link(&mut self, path: &str, target: &str) -> &mut Self {
         self.entry(path, 0o120_777, (0, 0), target.as_bytes())
     }
 
-    pub fn device(&mut self, path: &str, mode: u32, major: u32, minor: u32) -> &mut Self {
+    pub(crate) fn device(&mut self, path: &str, mode: u32, major: u32, minor: u32) -> &mut Self {
         self.entry(path, 0o020_000 | mode, (major, minor), &[])
     }
 
@@ -64,7 +67,7 @@ impl Initramfs {
         self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
     }
 
-    pub fn write(&mut self, path: &Path) {
+    pub(crate) fn write(&mut self, path: &Path) {
         self.entry("TRAILER!!!", 0, (0, 0), &[]);
         std::fs::write(path, &self.bytes).expect("write the initramfs");
     }

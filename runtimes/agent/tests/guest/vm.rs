@@ -7,13 +7,13 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use catamaran_guest_protocol::v1::agent_client::AgentClient;
 use catamaran_guest_protocol::v1::{
-    ConfigureSandboxRequest, ContainerRequest, CreateContainerRequest, HelloRequest, HelloResponse, OutputChunk,
-    ProcessRequest, WaitResponse,
+    ConfigureSandboxRequest, ContainerRequest, CreateContainerRequest, HelloRequest, HelloResponse,
+    OutputChunk, ProcessRequest, WaitResponse,
 };
 use catamaran_guest_protocol::{PORT_NAME, connect};
 use serde_json::{Value, json};
 use tokio::net::UnixStream;
-use tonic::transport::Channel;
+use tonic::transport::{Channel, Endpoint};
 
 use super::initramfs::Initramfs;
 
@@ -21,19 +21,22 @@ use super::initramfs::Initramfs;
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
 
 /// A running guest. Dropping it ends QEMU.
-pub struct Vm {
+pub(crate) struct Vm {
     qemu: Child,
-    pub agent: AgentClient<Channel>,
-    pub hello: HelloResponse,
-    pub boot: Duration,
+    pub(crate) agent: AgentClient<Channel>,
+    pub(crate) hello: HelloResponse,
+    pub(crate) boot: Duration,
     directory: tempfile::TempDir,
 }
 
 /// What a test needs that this machine may not have: the reason to skip.
-pub fn missing() -> Option<String> {
+pub(crate) fn missing() -> Option<String> {
     let kernel = kernel();
     if !kernel.is_file() {
-        return Some(format!("no guest kernel at {} (CATAMARAN_TEST_KERNEL)", kernel.display()));
+        return Some(format!(
+            "no guest kernel at {} (CATAMARAN_TEST_KERNEL)",
+            kernel.display()
+        ));
     }
     ["/usr/bin/qemu-system-x86_64", "/bin/busybox"]
         .iter()
@@ -41,12 +44,14 @@ pub fn missing() -> Option<String> {
         .map(|path| format!("{path} is missing"))
         .or_else(|| {
             let agent = agent();
-            (!agent.is_file()).then(|| format!("no static agent at {} (CATAMARAN_TEST_AGENT)", agent.display()))
+            (!agent.is_file())
+                .then(|| format!("no static agent at {} (CATAMARAN_TEST_AGENT)", agent.display()))
         })
 }
 
 fn kernel() -> PathBuf {
-    std::env::var_os("CATAMARAN_TEST_KERNEL").map_or_else(|| "/var/tmp/guest-min/vmlinux".into(), PathBuf::from)
+    std::env::var_os("CATAMARAN_TEST_KERNEL")
+        .map_or_else(|| "/var/tmp/guest-min/vmlinux".into(), PathBuf::from)
 }
 
 fn agent() -> PathBuf {
@@ -61,7 +66,7 @@ fn agent() -> PathBuf {
 
 impl Vm {
     /// Boots a guest and says hello.
-    pub async fn boot(command_line: &str) -> Self {
+    pub(crate) async fn boot(command_line: &str) -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         let initramfs = directory.path().join("initramfs");
         write_initramfs(&initramfs);
@@ -69,17 +74,35 @@ impl Vm {
         let console = directory.path().join("console");
         let started = Instant::now();
         let qemu = Command::new("/usr/bin/qemu-system-x86_64")
-            .args(["-machine", "q35", "-accel", "tcg", "-cpu", "max", "-smp", "1", "-m", "256"])
-            .args(["-bios", "qboot.rom", "-nodefaults", "-no-user-config", "-nographic", "-no-reboot"])
+            .args([
+                "-machine", "q35", "-accel", "tcg", "-cpu", "max", "-smp", "1", "-m", "256",
+            ])
+            .args([
+                "-bios",
+                "qboot.rom",
+                "-nodefaults",
+                "-no-user-config",
+                "-nographic",
+                "-no-reboot",
+            ])
             .arg("-kernel")
             .arg(kernel())
             .arg("-initrd")
             .arg(&initramfs)
-            .args(["-append", &format!("console=ttyS0 quiet panic=-1 audit=0 {command_line}")])
+            .args([
+                "-append",
+                &format!("console=ttyS0 quiet panic=-1 audit=0 {command_line}"),
+            ])
             .args(["-serial", &format!("file:{}", console.display())])
             .args(["-device", "virtio-serial-pci"])
-            .args(["-chardev", &format!("socket,id=agent,path={},server=on,wait=off", socket.display())])
-            .args(["-device", &format!("virtserialport,chardev=agent,name={PORT_NAME}")])
+            .args([
+                "-chardev",
+                &format!("socket,id=agent,path={},server=on,wait=off", socket.display()),
+            ])
+            .args([
+                "-device",
+                &format!("virtserialport,chardev=agent,name={PORT_NAME}"),
+            ])
             .stdin(Stdio::null())
             .spawn()
             .expect("start QEMU");
@@ -96,27 +119,49 @@ impl Vm {
         })
         .await;
         let mut agent = connected.unwrap_or_else(|_| {
-            panic!("the guest did not boot:\n{}", std::fs::read_to_string(&console).unwrap_or_default())
+            panic!(
+                "the guest did not boot:\n{}",
+                std::fs::read_to_string(&console).unwrap_or_default()
+            )
         });
-        let clock = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock").as_nanos();
-        let hello = HelloRequest { clock_ns: i64::try_from(clock).expect("a date"), entropy: vec![7; 32] };
+        let clock = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .expect("a clock")
+            .as_nanos();
+        let hello = HelloRequest {
+            clock_ns: i64::try_from(clock).expect("a date"),
+            entropy: vec![7; 32],
+        };
         let hello = agent.hello(hello).await.expect("hello").into_inner();
         let qemu = guard.0.take().expect("QEMU");
-        Self { qemu, agent, hello, boot: started.elapsed(), directory }
+        Self {
+            qemu,
+            agent,
+            hello,
+            boot: started.elapsed(),
+            directory,
+        }
     }
 
     /// What the guest said on its console.
-    pub fn console(&self) -> String {
+    pub(crate) fn console(&self) -> String {
         std::fs::read_to_string(self.directory.path().join("console")).unwrap_or_default()
     }
 
     /// A second connection after the first was dropped.
-    pub async fn reconnect(&mut self) {
-        let stream = UnixStream::connect(self.directory.path().join("agent.sock")).await.expect("connect");
-        self.agent = connect(stream, &nonce()).await.expect("connect to the agent again");
+    pub(crate) async fn reconnect(&mut self) {
+        // QEMU serves one connection at a time: the old one goes first.
+        self.agent = AgentClient::new(Endpoint::from_static("http://gone.invalid").connect_lazy());
+        let stream = UnixStream::connect(self.directory.path().join("agent.sock"))
+            .await
+            .expect("connect");
+        self.agent = tokio::time::timeout(BOOT_LIMIT, connect(stream, &nonce()))
+            .await
+            .expect("the agent answers again")
+            .expect("connect to the agent again");
     }
 
-    pub async fn sandbox(&mut self, shared_pid: bool) {
+    pub(crate) async fn sandbox(&mut self, shared_pid: bool) {
         let request = ConfigureSandboxRequest {
             hostname: "test-pod".into(),
             sysctls: [("net.ipv4.ip_unprivileged_port_start".to_owned(), "0".to_owned())].into(),
@@ -124,22 +169,40 @@ impl Vm {
             shm_bytes: 1 << 20,
         };
         // Twice: it is idempotent.
-        self.agent.configure_sandbox(request.clone()).await.expect("configure the sandbox");
-        self.agent.configure_sandbox(request).await.expect("configure the sandbox again");
+        self.agent
+            .configure_sandbox(request.clone())
+            .await
+            .expect("configure the sandbox");
+        self.agent
+            .configure_sandbox(request)
+            .await
+            .expect("configure the sandbox again");
     }
 
-    pub async fn create(&mut self, id: &str, spec: &Value, stdin: bool) -> Result<u32, tonic::Status> {
+    pub(crate) async fn create(&mut self, id: &str, spec: &Value, stdin: bool) -> Result<u32, tonic::Status> {
         let spec = serde_json::to_vec(spec).expect("JSON");
-        let request = CreateContainerRequest { container_id: id.into(), spec, stdin };
-        self.agent.create_container(request).await.map(|answer| answer.into_inner().pid)
+        let request = CreateContainerRequest {
+            container_id: id.into(),
+            spec,
+            stdin,
+        };
+        self.agent
+            .create_container(request)
+            .await
+            .map(|answer| answer.into_inner().pid)
     }
 
-    pub async fn start(&mut self, id: &str) {
-        self.agent.start_container(ContainerRequest { container_id: id.into() }).await.expect("start");
+    pub(crate) async fn start(&mut self, id: &str) {
+        self.agent
+            .start_container(ContainerRequest {
+                container_id: id.into(),
+            })
+            .await
+            .expect("start");
     }
 
     /// Creates, starts and waits for a container; returns its end and its output.
-    pub async fn run(&mut self, id: &str, spec: &Value) -> (WaitResponse, String, String) {
+    pub(crate) async fn run(&mut self, id: &str, spec: &Value) -> (WaitResponse, String, String) {
         if let Err(error) = self.create(id, spec, false).await {
             panic!("create {id}: {error}\nconsole:\n{}", self.console());
         }
@@ -148,26 +211,38 @@ impl Vm {
         (self.wait(id, "").await, out, err)
     }
 
-    pub async fn wait(&mut self, id: &str, exec_id: &str) -> WaitResponse {
-        self.agent.wait(process(id, exec_id)).await.expect("wait").into_inner()
+    pub(crate) async fn wait(&mut self, id: &str, exec_id: &str) -> WaitResponse {
+        self.agent
+            .wait(process(id, exec_id))
+            .await
+            .expect("wait")
+            .into_inner()
     }
 
     /// All output until its end.
-    pub async fn output(&mut self, id: &str, exec_id: &str) -> (String, String) {
-        let mut stream = self.agent.read_output(process(id, exec_id)).await.expect("output").into_inner();
+    pub(crate) async fn output(&mut self, id: &str, exec_id: &str) -> (String, String) {
+        let mut stream = self
+            .agent
+            .read_output(process(id, exec_id))
+            .await
+            .expect("output")
+            .into_inner();
         let (mut out, mut err) = (Vec::new(), Vec::new());
         while let Some(OutputChunk { stream, data }) = stream.message().await.expect("output") {
             if stream == 1 { &mut out } else { &mut err }.extend(data);
         }
-        (String::from_utf8_lossy(&out).into_owned(), String::from_utf8_lossy(&err).into_owned())
+        (
+            String::from_utf8_lossy(&out).into_owned(),
+            String::from_utf8_lossy(&err).into_owned(),
+        )
     }
 
-    pub async fn delete(&mut self, id: &str) {
+    pub(crate) async fn delete(&mut self, id: &str) {
         self.agent.delete(process(id, "")).await.expect("delete");
     }
 
     /// Waits until QEMU has ended by itself.
-    pub async fn powered_off(&mut self, within: Duration) -> bool {
+    pub(crate) async fn powered_off(&mut self, within: Duration) -> bool {
         let deadline = Instant::now() + within;
         while Instant::now() < deadline {
             if self.qemu.try_wait().expect("wait for QEMU").is_some() {
@@ -179,8 +254,11 @@ impl Vm {
     }
 }
 
-pub fn process(id: &str, exec_id: &str) -> ProcessRequest {
-    ProcessRequest { container_id: id.into(), exec_id: exec_id.into() }
+pub(crate) fn process(id: &str, exec_id: &str) -> ProcessRequest {
+    ProcessRequest {
+        container_id: id.into(),
+        exec_id: exec_id.into(),
+    }
 }
 
 struct Guard(Option<Child>);
@@ -207,14 +285,23 @@ impl Drop for Vm {
 fn nonce() -> String {
     use std::io::Read;
     let mut bytes = [0; 16];
-    std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes)).expect("random bytes");
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut bytes))
+        .expect("random bytes");
     hex::encode(bytes)
 }
 
 fn write_initramfs(path: &Path) {
     let agent = std::fs::read(agent()).expect("the agent");
     let busybox = std::fs::read("/bin/busybox").expect("busybox");
-    assert_ne!(std::fs::metadata("/bin/busybox").expect("busybox").permissions().mode() & 0o111, 0);
+    assert_ne!(
+        std::fs::metadata("/bin/busybox")
+            .expect("busybox")
+            .permissions()
+            .mode()
+            & 0o111,
+        0
+    );
     let mut archive = Initramfs::new();
     archive
         .directory("dev")
@@ -226,21 +313,36 @@ fn write_initramfs(path: &Path) {
         archive.directory(&format!("testroot/{directory}"));
     }
     archive.file("testroot/bin/busybox", 0o755, &busybox);
-    for applet in ["sh", "cat", "echo", "id", "sleep", "ps", "uname", "hostname", "yes", "head", "kill", "ls", "mkdir",
-        "nc", "dd", "stty", "tty", "mknod", "env", "pwd", "test", "true", "touch", "chmod", "grep", "awk", "stat", "tail"]
-    {
+    for applet in [
+        "sh", "cat", "echo", "id", "sleep", "ps", "uname", "hostname", "yes", "head", "kill", "ls", "mkdir",
+        "nc", "dd", "stty", "tty", "mknod", "env", "pwd", "test", "true", "touch", "chmod", "grep", "awk",
+        "stat", "tail",
+    ] {
         archive.link(&format!("testroot/bin/{applet}"), "busybox");
     }
     archive
-        .file("testroot/etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n")
+        .file(
+            "testroot/etc/passwd",
+            0o644,
+            b"root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n",
+        )
         .file("testroot/etc/group", 0o644, b"root:x:0:\nuser:x:1000:\n")
         .write(path);
 }
 
 /// An ordinary container's spec that runs a shell script in the guest's `/testroot`.
-pub fn shell(script: &str) -> Value {
-    let capabilities = json!(["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_MKNOD", "CAP_SETGID", "CAP_SETUID",
-        "CAP_NET_BIND_SERVICE", "CAP_KILL", "CAP_SYS_CHROOT"]);
+pub(crate) fn shell(script: &str) -> Value {
+    let capabilities = json!([
+        "CAP_CHOWN",
+        "CAP_DAC_OVERRIDE",
+        "CAP_FOWNER",
+        "CAP_MKNOD",
+        "CAP_SETGID",
+        "CAP_SETUID",
+        "CAP_NET_BIND_SERVICE",
+        "CAP_KILL",
+        "CAP_SYS_CHROOT"
+    ]);
     json!({
         "ociVersion": "1.0.2",
         "process": {
