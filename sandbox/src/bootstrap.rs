@@ -262,15 +262,21 @@ fn start(context: Context) -> Result<Option<Started>, BootstrapError> {
         .open(&log_path)
         .map_err(io("open", &log_path))?;
 
+    let pid_path = context.bundle.join(PID_FILE);
+    let mut lock = lock_pid_file(&pid_path)?;
+
     // SAFETY: this process has one thread: `run` is called first in main and nothing before made another.
     match unsafe { nix::unistd::fork() }.map_err(BootstrapError::Fork)? {
-        ForkResult::Parent { .. } => {
+        ForkResult::Parent { child } => {
+            // The child has the lock through the same open file, so it is held without a gap.
+            lock.set_len(0).map_err(io("write", &pid_path))?;
+            write!(lock, "{child}").map_err(io("write", &pid_path))?;
             print_address(&socket)?;
             Ok(None)
         }
         ForkResult::Child => {
             drop(bundle);
-            let lock = become_server(&context, &log)?;
+            become_server(&context, &log)?;
             crate::shim_log::init(context.debug);
             Ok(Some(Started {
                 context,
@@ -281,8 +287,20 @@ fn start(context: Context) -> Result<Option<Started>, BootstrapError> {
     }
 }
 
+fn lock_pid_file(path: &Path) -> Result<File, BootstrapError> {
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(path)
+        .map_err(io("open", path))?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|error| io("lock, as another shim of this pod still ends,", path)(error.into()))?;
+    Ok(file)
+}
+
 /// Detaches the serving process from the daemon that started it.
-fn become_server(context: &Context, log: &File) -> Result<File, BootstrapError> {
+fn become_server(context: &Context, log: &File) -> Result<(), BootstrapError> {
     let name = Path::new(LOG_FILE);
     let null = File::open("/dev/null").map_err(io("open", Path::new("/dev/null")))?;
     let redirect =
@@ -295,20 +313,7 @@ fn become_server(context: &Context, log: &File) -> Result<File, BootstrapError> 
         .map_err(|error| io("become subreaper for", &context.bundle)(error.into()))?;
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     // The bundle's file system shall not be busy because of the shim.
-    std::env::set_current_dir("/").map_err(io("enter", Path::new("/")))?;
-
-    let path = context.bundle.join(PID_FILE);
-    let mut file = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .map_err(io("open", &path))?;
-    flock(&file, FlockOperation::NonBlockingLockExclusive)
-        .map_err(|error| io("lock, as another shim of this pod still ends,", &path)(error.into()))?;
-    file.set_len(0).map_err(io("write", &path))?;
-    write!(file, "{}", std::process::id()).map_err(io("write", &path))?;
-    Ok(file)
+    std::env::set_current_dir("/").map_err(io("enter", Path::new("/")))
 }
 
 fn print_address(socket: &Path) -> Result<(), BootstrapError> {

@@ -1,0 +1,6 @@
+//! The namespace shim as the daemon sees it: the real executable, real runc, real namespaces and cgroups.
+
+mod containers;
+mod harness;
+mod sandbox;
+mod sessions;

@@ -1,0 +1,207 @@
+//! The pod as a whole: stop, shutdown, a shim that dies, other runtimes.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use catamaran_sandbox::pod_spec::{PidNamespace, info};
+use containerd_shim_protos::sandbox_api;
+use containerd_shim_protos::ttrpc::Code;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::harness::{Options, Pod, code_of, ctx, delete_shim, start_shim};
+
+fn exists(pid: i32) -> bool {
+    // A zombie that a slow pid 1 has not reaped runs no more.
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    !stat.is_empty() && !stat.contains(") Z ")
+}
+
+async fn gone(pid: i32) {
+    let begun = Instant::now();
+    while exists(pid) {
+        assert!(begun.elapsed() < Duration::from_secs(5), "process {pid} lives on");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn stopping_ends_everything_and_shutdown_the_shim() {
+    let pod = Pod::start(Options {
+        pid: PidNamespace::Pod,
+        ..Options::default()
+    })
+    .await;
+    let one = pod.container(&["sleep", "1000"]);
+    let two = pod.container(&["sleep", "1000"]);
+    let never = pod.container(&["sleep", "1000"]);
+    pod.run(&one).await;
+    pod.run(&two).await;
+    pod.create(&never).await.unwrap();
+    let init = pod.status().await.pid.cast_signed();
+    assert_ne!(init, pod.shim_pid(), "the init of the shared PID namespace");
+    let mut shutdown = sandbox_api::ShutdownSandboxRequest::new();
+    shutdown.sandbox_id = pod.id.to_string();
+    let early = pod.sandbox().shutdown_sandbox(ctx(), &shutdown).await;
+    assert_eq!(code_of(early), Code::FAILED_PRECONDITION);
+    let waiting = tokio::spawn({
+        let sandbox = pod.sandbox();
+        let mut request = sandbox_api::WaitSandboxRequest::new();
+        request.sandbox_id = pod.id.to_string();
+        async move { sandbox.wait_sandbox(ctx(), &request).await.unwrap() }
+    });
+    pod.stop().await.unwrap();
+    pod.stop().await.expect("stopping twice is no error");
+    assert!(waiting.await.unwrap().exited_at.seconds > 0);
+    assert_eq!(pod.wait(&one.id).await, 137);
+    assert_eq!(pod.record(&two.id).unwrap().exit_code, 137);
+    assert_eq!(pod.status().await.state, "SANDBOX_NOTREADY");
+    gone(init).await;
+    assert_eq!(
+        code_of(pod.create(&pod.container(&["true"])).await),
+        Code::FAILED_PRECONDITION
+    );
+    for id in [&one.id, &two.id, &never.id] {
+        pod.delete(id).await.unwrap();
+    }
+    assert_eq!(pod.leftovers(), Vec::<String>::new());
+    let shim = pod.shim_pid();
+    pod.sandbox().shutdown_sandbox(ctx(), &shutdown).await.unwrap();
+    gone(shim).await;
+    let sockets = pod.directory.path().join("s");
+    assert_eq!(std::fs::read_dir(sockets).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn what_a_killed_shim_leaves_is_removed_by_delete() {
+    let pod = Pod::start(Options {
+        pid: PidNamespace::Pod,
+        ..Options::default()
+    })
+    .await;
+    let shared = pod.container(&["sh", "-c", "sleep 1000 & sleep 1000"]);
+    let mut own = pod.container(&["sh", "-c", "sleep 1000 & sleep 1000"]);
+    for namespace in own.config["linux"]["namespaces"].as_array_mut().unwrap() {
+        if namespace["type"] == "pid" {
+            namespace.as_object_mut().unwrap().remove("path");
+        }
+    }
+    let ended = pod.container(&["sh", "-c", "exit 4"]);
+    for container in [&shared, &own, &ended] {
+        pod.run(container).await;
+    }
+    pod.wait(&ended.id).await;
+    let mut pids: Vec<i32> = Vec::new();
+    for container in [&shared, &own] {
+        pids.extend(pod.pids(&container.id).await.into_iter().map(u32::cast_signed));
+    }
+    assert_eq!(pids.len(), 4);
+    kill(Pid::from_raw(pod.shim_pid()), Signal::SIGKILL).unwrap();
+    let output = delete_shim(&pod.id, &pod.bundle);
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    // DeleteResponse.exit_status = 137, in protobuf.
+    assert_eq!(output.stdout, [0x10, 0x89, 0x01]);
+    for pid in pids {
+        gone(pid).await;
+    }
+    assert_eq!(pod.leftovers(), Vec::<String>::new());
+    assert_eq!(pod.record(&own.id).unwrap().exit_code, 137);
+    assert_eq!(pod.record(&ended.id).unwrap().exit_code, 4);
+    assert!(
+        delete_shim(&pod.id, &pod.bundle).status.success(),
+        "deleting twice is no error"
+    );
+    assert_eq!(
+        std::fs::read_dir(pod.directory.path().join("s")).unwrap().count(),
+        0
+    );
+}
+
+#[tokio::test]
+async fn a_live_shim_is_ended_by_delete_and_a_new_one_can_start() {
+    let pod = Pod::start(Options::default()).await;
+    let one = pod.container(&["sleep", "1000"]);
+    pod.run(&one).await;
+    let shim = pod.shim_pid();
+    assert!(delete_shim(&pod.id, &pod.bundle).status.success());
+    gone(shim).await;
+    assert_eq!(pod.leftovers(), Vec::<String>::new());
+    start_shim(&pod.id, &pod.bundle);
+    assert_ne!(pod.shim_pid(), shim);
+}
+
+#[tokio::test]
+async fn namespaces_end_with_the_shim() {
+    let pod = Pod::start(Options {
+        pid: PidNamespace::Pod,
+        ..Options::default()
+    })
+    .await;
+    let path = pod.info[info::IPC_NAMESPACE].clone();
+    assert!(
+        std::fs::read_link(&path)
+            .unwrap()
+            .to_str()
+            .unwrap()
+            .starts_with("ipc:[")
+    );
+    let init = pod.status().await.pid.cast_signed();
+    kill(Pid::from_raw(pod.shim_pid()), Signal::SIGKILL).unwrap();
+    gone(init).await;
+    assert!(!Path::new(&path).exists());
+}
+
+#[tokio::test]
+async fn requests_for_another_pod_or_of_another_shape_are_refused() {
+    let pod = Pod::start(Options::default()).await;
+    let mut request = sandbox_api::PingRequest::new();
+    request.sandbox_id = "another".to_owned();
+    assert_eq!(
+        code_of(pod.sandbox().ping_sandbox(ctx(), &request).await),
+        Code::NOT_FOUND
+    );
+    let mut create = sandbox_api::CreateSandboxRequest::new();
+    create.sandbox_id = pod.id.to_string();
+    assert_eq!(
+        code_of(pod.sandbox().create_sandbox(ctx(), &create).await),
+        Code::INVALID_ARGUMENT
+    );
+}
+
+/// gVisor behind the same shim: its container's process is a kernel of its own.
+#[tokio::test]
+async fn runsc_runs_a_container() {
+    let binary = Path::new("/usr/bin/runsc");
+    if !binary.exists() {
+        println!("skipped: runsc_runs_a_container: /usr/bin/runsc is not installed");
+        return;
+    }
+    let args = ["--platform=ptrace", "--network=host", "--ignore-cgroups"]
+        .map(str::to_owned)
+        .to_vec();
+    let pod = Pod::start(Options {
+        binary: binary.to_owned(),
+        args,
+        ..Options::default()
+    })
+    .await;
+    let one = pod.container(&["sh", "-c", "echo from gvisor; exit 7"]);
+    pod.run(&one).await;
+    assert_eq!(pod.wait(&one.id).await, 7);
+    let log = std::fs::read_to_string(pod.log_of(&one.id)).unwrap();
+    assert!(log.contains("stdout F from gvisor"), "{log}");
+    assert_eq!(pod.delete(&one.id).await.unwrap(), 7);
+    let two = pod.container(&["sleep", "1000"]);
+    pod.run(&two).await;
+    let done = pod
+        .exec_sync(&two.id, &["sh", "-c", "echo inside; exit 3"], 30_000)
+        .await
+        .unwrap();
+    assert_eq!((done.stdout.as_slice(), done.exit_code), (&b"inside\n"[..], 3));
+    pod.kill(&two.id, libc::SIGKILL, true).await.unwrap();
+    assert_eq!(pod.wait(&two.id).await, 137);
+}
