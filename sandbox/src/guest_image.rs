@@ -42,7 +42,10 @@ impl GuestImage {
         if image.version != GUEST_IMAGE_VERSION {
             return Err(std::io::Error::new(
                 std::io::ErrorKind::InvalidData,
-                format!("the manifest has version {}, not {GUEST_IMAGE_VERSION}: build the guest again", image.version),
+                format!(
+                    "the manifest has version {}, not {GUEST_IMAGE_VERSION}: build the guest again",
+                    image.version
+                ),
             ));
         }
         Ok(image)
@@ -72,12 +75,19 @@ mod tests {
             modules: Vec::new(),
         };
         let write = |image: &GuestImage| {
-            std::fs::write(directory.path().join(MANIFEST), serde_json::to_vec(image).unwrap()).unwrap();
+            std::fs::write(
+                directory.path().join(MANIFEST),
+                serde_json::to_vec(image).unwrap(),
+            )
+            .unwrap();
         };
         write(&image);
         assert_eq!(GuestImage::read(directory.path()).unwrap(), image);
         image.version += 1;
         write(&image);
-        assert_eq!(GuestImage::read(directory.path()).unwrap_err().kind(), std::io::ErrorKind::InvalidData);
+        assert_eq!(
+            GuestImage::read(directory.path()).unwrap_err().kind(),
+            std::io::ErrorKind::InvalidData
+        );
     }
 }
