@@ -55,7 +55,10 @@ impl Auth {
             return Ok(Some(Self::IdentityToken(identity_token.to_owned())));
         }
         if !username.is_empty() {
-            return Ok(Some(Self::Basic { username: username.to_owned(), password: password.to_owned() }));
+            return Ok(Some(Self::Basic {
+                username: username.to_owned(),
+                password: password.to_owned(),
+            }));
         }
         if auth.is_empty() {
             return Ok(None);
@@ -69,7 +72,9 @@ impl Auth {
 
 /// Decodes base64 of `user:password`, as docker's `config.json` has it (it may be padded with zero bytes).
 fn decode_basic(text: &str) -> Option<Auth> {
-    let bytes = base64::engine::general_purpose::STANDARD.decode(text.trim()).ok()?;
+    let bytes = base64::engine::general_purpose::STANDARD
+        .decode(text.trim())
+        .ok()?;
     let text = String::from_utf8(bytes).ok()?;
     let (username, password) = text.split_once(':')?;
     Some(Auth::Basic {
@@ -104,34 +109,61 @@ struct DockerAuth {
 /// # Errors
 /// [`Error::Config`] for a file that cannot be read or parsed.
 pub(crate) fn from_docker_config(path: &Path, registry: &str, repository: &str) -> Result<Option<Auth>> {
-    let bad = |reason: String| Error::Config { path: path.display().to_string(), reason };
+    let bad = |reason: String| Error::Config {
+        path: path.display().to_string(),
+        reason,
+    };
     let bytes = match std::fs::read(path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(bad(error.to_string())),
     };
     // The parser's own message could quote a secret: only the position is told.
-    let config: DockerConfig = serde_json::from_slice(&bytes)
-        .map_err(|error| bad(format!("not docker's JSON at line {}, column {}", error.line(), error.column())))?;
+    let config: DockerConfig = serde_json::from_slice(&bytes).map_err(|error| {
+        bad(format!(
+            "not docker's JSON at line {}, column {}",
+            error.line(),
+            error.column()
+        ))
+    })?;
     let wanted = format!("{registry}/{repository}");
     let mut best: Option<(usize, &DockerAuth)> = None;
     for (key, auth) in &config.auths {
         let key = normal_key(key);
-        let matches = wanted == key || wanted.strip_prefix(&key).is_some_and(|rest| rest.starts_with('/'));
+        let matches = wanted == key
+            || wanted
+                .strip_prefix(&key)
+                .is_some_and(|rest| rest.starts_with('/'));
         if matches && best.is_none_or(|(length, _)| length < key.len()) {
             best = Some((key.len(), auth));
         }
     }
     let Some((_, auth)) = best else { return Ok(None) };
-    Auth::from_cri(&auth.username, &auth.password, &auth.auth, &auth.identity_token, &auth.registry_token)
-        .map_err(|_| bad(format!("the auth of {registry} is not base64 of \"user:password\"")))
+    Auth::from_cri(
+        &auth.username,
+        &auth.password,
+        &auth.auth,
+        &auth.identity_token,
+        &auth.registry_token,
+    )
+    .map_err(|_| {
+        bad(format!(
+            "the auth of {registry} is not base64 of \"user:password\""
+        ))
+    })
 }
 
 /// `https://index.docker.io/v1/` and `registry.example/v2/` name hosts, in docker's tradition.
 fn normal_key(key: &str) -> String {
-    let key = key.strip_prefix("https://").or_else(|| key.strip_prefix("http://")).unwrap_or(key);
+    let key = key
+        .strip_prefix("https://")
+        .or_else(|| key.strip_prefix("http://"))
+        .unwrap_or(key);
     let key = key.trim_end_matches('/');
-    let key = key.strip_suffix("/v1").or_else(|| key.strip_suffix("/v2")).unwrap_or(key);
+    let key = key
+        .strip_suffix("/v1")
+        .or_else(|| key.strip_suffix("/v2"))
+        .unwrap_or(key);
     match key {
         "index.docker.io" | "registry-1.docker.io" => "docker.io".to_owned(),
         other => other.to_owned(),
@@ -143,7 +175,10 @@ mod tests {
     use super::*;
 
     fn basic(username: &str, password: &str) -> Option<Auth> {
-        Some(Auth::Basic { username: username.into(), password: password.into() })
+        Some(Auth::Basic {
+            username: username.into(),
+            password: password.into(),
+        })
     }
 
     #[test]
@@ -157,20 +192,28 @@ mod tests {
                "t.example":{"identitytoken":"xyz"}}}"#,
         )
         .unwrap();
-        let get = |registry: &str, repository: &str| from_docker_config(file.path(), registry, repository).unwrap();
+        let get =
+            |registry: &str, repository: &str| from_docker_config(file.path(), registry, repository).unwrap();
         assert_eq!(get("docker.io", "library/busybox"), basic("u", "p"));
         assert_eq!(get("r.example:5000", "x"), basic("a", "b"));
         assert_eq!(get("r.example:5000", "team/x"), basic("v", "q:r"));
         assert_eq!(get("r.example:5000", "teams/x"), basic("a", "b"));
         assert_eq!(get("t.example", "x"), Some(Auth::IdentityToken("xyz".into())));
         assert_eq!(get("r.example", "x"), None);
-        assert_eq!(from_docker_config(Path::new("/nonexistent/config.json"), "r", "x").unwrap(), None);
+        assert_eq!(
+            from_docker_config(Path::new("/nonexistent/config.json"), "r", "x").unwrap(),
+            None
+        );
     }
 
     #[test]
     fn a_broken_file_is_named_without_its_secrets() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), r#"{"auths":{"r":{"password":7}}, "secret": "hunter2"}"#).unwrap();
+        std::fs::write(
+            file.path(),
+            r#"{"auths":{"r":{"password":7}}, "secret": "hunter2"}"#,
+        )
+        .unwrap();
         let error = from_docker_config(file.path(), "r", "x").unwrap_err().to_string();
         assert!(error.contains("line 1") && !error.contains("hunter2"), "{error}");
         assert!(!format!("{:?}", Auth::RegistryToken("hunter2".into())).contains("hunter2"));

@@ -62,7 +62,11 @@ pub(crate) enum Hasher {
 impl Hasher {
     /// A hash of the algorithm of `digest`.
     pub(crate) fn like(digest: &Digest) -> Self {
-        if digest.algorithm() == "sha512" { Self::Sha512(Sha512::new()) } else { Self::Sha256(Sha256::new()) }
+        if digest.algorithm() == "sha512" {
+            Self::Sha512(Sha512::new())
+        } else {
+            Self::Sha256(Sha256::new())
+        }
     }
 
     pub(crate) fn update(&mut self, bytes: &[u8]) {
@@ -102,7 +106,14 @@ mod tests {
         let good = format!("sha256:{}", "a1".repeat(32));
         assert_eq!(Digest::parse(&good).unwrap().hex(), "a1".repeat(32));
         assert!(Digest::parse(&format!("sha512:{}", "0f".repeat(64))).is_some());
-        for bad in ["sha256:", "sha256:../../etc", "md5:00", &good.to_uppercase(), &good[..70], "sha256"] {
+        for bad in [
+            "sha256:",
+            "sha256:../../etc",
+            "md5:00",
+            &good.to_uppercase(),
+            &good[..70],
+            "sha256",
+        ] {
             assert!(Digest::parse(bad).is_none(), "{bad}");
         }
     }

@@ -153,11 +153,17 @@ impl Error {
         let what = what.into();
         match error.kind() {
             std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Self::NoSpace { what },
-            _ => Self::Io { what, source: Cause::new(error) },
+            _ => Self::Io {
+                what,
+                source: Cause::new(error),
+            },
         }
     }
 
     pub(crate) fn malformed(what: impl Into<String>, error: impl StdError + Send + Sync + 'static) -> Self {
-        Self::Malformed { what: what.into(), source: Cause::new(error) }
+        Self::Malformed {
+            what: what.into(),
+            source: Cause::new(error),
+        }
     }
 }

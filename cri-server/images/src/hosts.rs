@@ -39,7 +39,9 @@ impl RegistryHost {
     /// Host and port, for messages.
     pub(crate) fn name(&self) -> String {
         let host = self.base.host_str().unwrap_or("");
-        self.base.port().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
+        self.base
+            .port()
+            .map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
     }
 
     fn at(base: Url) -> Self {
@@ -58,8 +60,14 @@ impl RegistryHost {
 
 /// Whether a host is this machine itself (`localhost`, 127.0.0.0/8, `::1`).
 pub(crate) fn is_loopback(host: &str) -> bool {
-    let address = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(host);
-    host == "localhost" || address.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+    let address = host
+        .strip_prefix('[')
+        .and_then(|rest| rest.strip_suffix(']'))
+        .unwrap_or(host);
+    host == "localhost"
+        || address
+            .parse::<std::net::IpAddr>()
+            .is_ok_and(|address| address.is_loopback())
 }
 
 /// The endpoints of `registry`, in the order to try: mirrors as the file lists them, then the registry itself.
@@ -101,7 +109,11 @@ fn directory_names(registry: &str) -> Vec<String> {
 
 /// The registry as its name says: https, or http on the loopback; Docker Hub's API has a host of its own.
 fn origin(registry: &str) -> Result<RegistryHost> {
-    let host = if registry == "docker.io" { "registry-1.docker.io" } else { registry };
+    let host = if registry == "docker.io" {
+        "registry-1.docker.io"
+    } else {
+        registry
+    };
     let url = |scheme: &str| {
         Url::parse(&format!("{scheme}://{host}/v2")).map_err(|_| Error::InvalidReference {
             reference: registry.to_owned(),
@@ -114,7 +126,10 @@ fn origin(registry: &str) -> Result<RegistryHost> {
 }
 
 fn config_error(path: &Path, reason: impl Into<String>) -> Error {
-    Error::Config { path: path.display().to_string(), reason: reason.into() }
+    Error::Config {
+        path: path.display().to_string(),
+        reason: reason.into(),
+    }
 }
 
 fn docker_layout(directory: &Path, mut host: RegistryHost) -> Result<RegistryHost> {
@@ -130,7 +145,10 @@ fn docker_layout(directory: &Path, mut host: RegistryHost) -> Result<RegistryHos
             Some("cert") => {
                 let key = file.with_extension("key");
                 if !key.exists() {
-                    return Err(config_error(&file, "a client certificate needs its key in a .key file beside it"));
+                    return Err(config_error(
+                        &file,
+                        "a client certificate needs its key in a .key file beside it",
+                    ));
                 }
                 host.client.push((file, Some(key)));
             }
@@ -141,13 +159,17 @@ fn docker_layout(directory: &Path, mut host: RegistryHost) -> Result<RegistryHos
 }
 
 fn parse(text: &str, file: &Path, registry: &str, own: RegistryHost) -> Result<Vec<RegistryHost>> {
-    let table: Table = text.parse().map_err(|error: toml::de::Error| config_error(file, error.to_string()))?;
+    let table: Table = text
+        .parse()
+        .map_err(|error: toml::de::Error| config_error(file, error.to_string()))?;
     let mut hosts = Vec::new();
     match table.get("host") {
         None => {}
         Some(Value::Table(entries)) => {
             for (url, entry) in entries {
-                let entry = entry.as_table().ok_or_else(|| config_error(file, format!("host {url:?} must be a table")))?;
+                let entry = entry
+                    .as_table()
+                    .ok_or_else(|| config_error(file, format!("host {url:?} must be a table")))?;
                 hosts.push(endpoint(Some(url), entry, file, registry, &own)?);
             }
         }
@@ -180,10 +202,15 @@ fn endpoint(
         Some(text) => RegistryHost::at(base_url(text, flag("override_path")?).map_err(bad)?),
     };
     // containerd's rule: asked by another name than its own, it serves more than one registry.
-    let asked = if registry == "docker.io" { "registry-1.docker.io" } else { registry };
+    let asked = if registry == "docker.io" {
+        "registry-1.docker.io"
+    } else {
+        registry
+    };
     host.mirror = host.name() != asked && host.name() != own.name();
     if let Some(capabilities) = table.get("capabilities") {
-        let capabilities = strings(capabilities).ok_or_else(|| bad("\"capabilities\" must be strings".into()))?;
+        let capabilities =
+            strings(capabilities).ok_or_else(|| bad("\"capabilities\" must be strings".into()))?;
         (host.pull, host.resolve) = (false, false);
         for capability in capabilities {
             match capability.as_str() {
@@ -201,17 +228,21 @@ fn endpoint(
         host.ca = files.into_iter().map(|name| directory.join(name)).collect();
     }
     if let Some(client) = table.get("client") {
-        host.client = client_pairs(client, directory)
-            .ok_or_else(|| bad("\"client\" must be a file, a list of files or a list of [certificate, key]".into()))?;
+        host.client = client_pairs(client, directory).ok_or_else(|| {
+            bad("\"client\" must be a file, a list of files or a list of [certificate, key]".into())
+        })?;
     }
     if let Some(headers) = table.get("header") {
-        let headers = headers.as_table().ok_or_else(|| bad("\"header\" must be a table".into()))?;
+        let headers = headers
+            .as_table()
+            .ok_or_else(|| bad("\"header\" must be a table".into()))?;
         for (name, values) in headers {
             let values = strings(values).ok_or_else(|| bad(format!("header {name:?} must be strings")))?;
-            let parsed = HeaderName::try_from(name).map_err(|_| bad(format!("{name:?} is no header name")))?;
+            let parsed =
+                HeaderName::try_from(name).map_err(|_| bad(format!("{name:?} is no header name")))?;
             for value in values {
-                let value =
-                    HeaderValue::try_from(value).map_err(|_| bad(format!("the value of header {name:?} is invalid")))?;
+                let value = HeaderValue::try_from(value)
+                    .map_err(|_| bad(format!("the value of header {name:?} is invalid")))?;
                 host.headers.push((parsed.clone(), value));
             }
         }
@@ -220,13 +251,21 @@ fn endpoint(
 }
 
 fn base_url(text: &str, override_path: bool) -> std::result::Result<Url, String> {
-    let full = if text.contains("://") { text.to_owned() } else { format!("https://{text}") };
+    let full = if text.contains("://") {
+        text.to_owned()
+    } else {
+        format!("https://{text}")
+    };
     let mut url = Url::parse(&full).map_err(|error| format!("{text:?} is not a URL: {error}"))?;
     if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() {
         return Err(format!("{text:?} is not a http or https URL"));
     }
     let path = url.path().trim_end_matches('/').to_owned();
-    let path = if override_path || path.ends_with("/v2") { path } else { format!("{path}/v2") };
+    let path = if override_path || path.ends_with("/v2") {
+        path
+    } else {
+        format!("{path}/v2")
+    };
     url.set_path(&path);
     url.set_query(None);
     url.set_fragment(None);
@@ -237,7 +276,10 @@ fn base_url(text: &str, override_path: bool) -> std::result::Result<Url, String>
 fn strings(value: &Value) -> Option<Vec<String>> {
     match value {
         Value::String(text) => Some(vec![text.clone()]),
-        Value::Array(items) => items.iter().map(|item| item.as_str().map(str::to_owned)).collect(),
+        Value::Array(items) => items
+            .iter()
+            .map(|item| item.as_str().map(str::to_owned))
+            .collect(),
         _ => None,
     }
 }
@@ -330,7 +372,11 @@ mod tests {
         for name in ["r.example_5000_", "_default"] {
             std::fs::create_dir(dir.path().join(name)).unwrap();
         }
-        std::fs::write(dir.path().join("r.example_5000_/hosts.toml"), "[host.\"http://one\"]").unwrap();
+        std::fs::write(
+            dir.path().join("r.example_5000_/hosts.toml"),
+            "[host.\"http://one\"]",
+        )
+        .unwrap();
         std::fs::write(dir.path().join("_default/hosts.toml"), "[host.\"http://two\"]").unwrap();
         let dirs = [dir.path().to_owned()];
         let found = urls(&hosts_for(&dirs, "r.example:5000").unwrap());
@@ -351,7 +397,10 @@ mod tests {
         let dirs = [dir.path().to_owned()];
         let hosts = hosts_for(&dirs, "r.example").unwrap();
         assert_eq!(hosts[0].ca, [place.join("ca.crt")]);
-        assert_eq!(hosts[0].client, [(place.join("client.cert"), Some(place.join("client.key")))]);
+        assert_eq!(
+            hosts[0].client,
+            [(place.join("client.cert"), Some(place.join("client.key")))]
+        );
         std::fs::remove_file(place.join("client.key")).unwrap();
         assert!(hosts_for(&dirs, "r.example").is_err());
     }
@@ -372,7 +421,9 @@ mod tests {
             "[host.\"http://x\".header]\n\"bad name\" = \"x\"",
         ] {
             std::fs::write(place.join("hosts.toml"), text).unwrap();
-            let error = hosts_for(&[dir.path().to_owned()], "r.example").unwrap_err().to_string();
+            let error = hosts_for(&[dir.path().to_owned()], "r.example")
+                .unwrap_err()
+                .to_string();
             assert!(error.contains("r.example/hosts.toml"), "{text}: {error}");
         }
     }

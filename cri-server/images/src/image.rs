@@ -26,12 +26,22 @@ pub struct Image {
 }
 
 impl Image {
-    pub(crate) fn new(id: &str, record: &ImageRecord, config: &[u8], layer_bytes: u64, pinned: &[String]) -> Result<Self> {
+    pub(crate) fn new(
+        id: &str,
+        record: &ImageRecord,
+        config: &[u8],
+        layer_bytes: u64,
+        pinned: &[String],
+    ) -> Result<Self> {
         let config = parse_config(config)?;
         Ok(Self {
             id: id.to_owned(),
             created_ns: config.created().as_deref().and_then(parse_rfc3339),
-            pinned: record.tags.iter().chain(&record.digests).any(|name| pinned.contains(name)),
+            pinned: record
+                .tags
+                .iter()
+                .chain(&record.digests)
+                .any(|name| pinned.contains(name)),
             repo_tags: record.tags.iter().cloned().collect(),
             repo_digests: record.digests.iter().cloned().collect(),
             size: layer_bytes + record.content.values().sum::<u64>(),
@@ -49,7 +59,12 @@ pub(crate) fn parse_config(bytes: &[u8]) -> Result<oci_spec::image::ImageConfigu
 /// The diff ids of a configuration.
 pub(crate) fn diff_ids(config: &oci_spec::image::ImageConfiguration) -> Result<Vec<Digest>> {
     let parse = |text: &String| {
-        Digest::parse(text).ok_or_else(|| Error::Hostile(format!("diff id {:?}", text.chars().take(100).collect::<String>())))
+        Digest::parse(text).ok_or_else(|| {
+            Error::Hostile(format!(
+                "diff id {:?}",
+                text.chars().take(100).collect::<String>()
+            ))
+        })
     };
     config.rootfs().diff_ids().iter().map(parse).collect()
 }
@@ -58,15 +73,31 @@ pub(crate) fn diff_ids(config: &oci_spec::image::ImageConfiguration) -> Result<V
 fn parse_rfc3339(text: &str) -> Option<i64> {
     let number = |from: usize, to: usize| text.get(from..to)?.parse::<i64>().ok();
     let punctuation = [(4, '-'), (7, '-'), (10, 'T'), (13, ':'), (16, ':')];
-    if !text.is_ascii() || punctuation.iter().any(|(at, c)| text.chars().nth(*at) != Some(*c)) {
+    if !text.is_ascii()
+        || punctuation
+            .iter()
+            .any(|(at, c)| text.chars().nth(*at) != Some(*c))
+    {
         return None;
     }
     let (year, month, day) = (number(0, 4)?, number(5, 7)?, number(8, 10)?);
     let (hour, minute, second) = (number(11, 13)?, number(14, 16)?, number(17, 19)?);
     let rest = &text[19..];
-    let digits = rest.strip_prefix('.').map_or(0, |rest| rest.bytes().take_while(u8::is_ascii_digit).count());
-    let (fraction, zone) = if digits > 0 { rest[1..].split_at(digits) } else { ("", rest) };
-    let nanos: i64 = fraction.chars().chain(std::iter::repeat('0')).take(9).collect::<String>().parse().ok()?;
+    let digits = rest
+        .strip_prefix('.')
+        .map_or(0, |rest| rest.bytes().take_while(u8::is_ascii_digit).count());
+    let (fraction, zone) = if digits > 0 {
+        rest[1..].split_at(digits)
+    } else {
+        ("", rest)
+    };
+    let nanos: i64 = fraction
+        .chars()
+        .chain(std::iter::repeat('0'))
+        .take(9)
+        .collect::<String>()
+        .parse()
+        .ok()?;
     let offset = match zone.split_at_checked(1)? {
         ("Z", "") => 0,
         (sign @ ("+" | "-"), rest) => {
@@ -77,8 +108,14 @@ fn parse_rfc3339(text: &str) -> Option<i64> {
         _ => return None,
     };
     // Days since the epoch in the proleptic Gregorian calendar, years beginning in March.
-    let (y, m) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
-    let days = 365 * y + y.div_euclid(4) - y.div_euclid(100) + y.div_euclid(400) + (153 * m + 2) / 5 + day - 1 - 719_468;
+    let (y, m) = if month > 2 {
+        (year, month - 3)
+    } else {
+        (year - 1, month + 9)
+    };
+    let days = 365 * y + y.div_euclid(4) - y.div_euclid(100) + y.div_euclid(400) + (153 * m + 2) / 5 + day
+        - 1
+        - 719_468;
     let seconds = days * 86_400 + hour * 3600 + minute * 60 + second - offset;
     seconds.checked_mul(1_000_000_000)?.checked_add(nanos)
 }
@@ -90,9 +127,22 @@ mod tests {
     #[test]
     fn times_are_parsed() {
         assert_eq!(parse_rfc3339("1970-01-01T00:00:00Z"), Some(0));
-        assert_eq!(parse_rfc3339("2000-02-29T12:30:15.5Z"), Some(951_827_415_500_000_000));
-        assert_eq!(parse_rfc3339("2000-02-29T13:30:15.5+01:00"), Some(951_827_415_500_000_000));
-        for bad in ["", "2000", "2000-01-01", "2000-01-01T00:00:00", "2000-01-01T00:00:00X", "0001-01-01T00:00:00Z"] {
+        assert_eq!(
+            parse_rfc3339("2000-02-29T12:30:15.5Z"),
+            Some(951_827_415_500_000_000)
+        );
+        assert_eq!(
+            parse_rfc3339("2000-02-29T13:30:15.5+01:00"),
+            Some(951_827_415_500_000_000)
+        );
+        for bad in [
+            "",
+            "2000",
+            "2000-01-01",
+            "2000-01-01T00:00:00",
+            "2000-01-01T00:00:00X",
+            "0001-01-01T00:00:00Z",
+        ] {
             assert_eq!(parse_rfc3339(bad), None, "{bad}");
         }
     }

@@ -25,7 +25,10 @@ pub(crate) struct Descriptor {
 impl Descriptor {
     pub(crate) fn digest(&self) -> Result<Digest> {
         Digest::parse(&self.digest).ok_or_else(|| {
-            Error::Hostile(format!("digest {:?} of a manifest", self.digest.chars().take(100).collect::<String>()))
+            Error::Hostile(format!(
+                "digest {:?} of a manifest",
+                self.digest.chars().take(100).collect::<String>()
+            ))
         })
     }
 }
@@ -60,7 +63,8 @@ pub(crate) struct ImageManifest {
 
 /// Parses a manifest or an index and refuses what is no container image.
 pub(crate) fn parse(bytes: &[u8], content_type: Option<&str>) -> Result<Content> {
-    let document: Document = serde_json::from_slice(bytes).map_err(|error| Error::malformed("manifest", error))?;
+    let document: Document =
+        serde_json::from_slice(bytes).map_err(|error| Error::malformed("manifest", error))?;
     if document.schema_version != 2 {
         return Err(Error::Unsupported(format!(
             "manifest schema {}; push the image again with a current tool",
@@ -70,7 +74,10 @@ pub(crate) fn parse(bytes: &[u8], content_type: Option<&str>) -> Result<Content>
     match (document.manifests, document.config, document.layers) {
         (Some(manifests), None, None) => {
             if manifests.len() > MAX_MANIFESTS {
-                return Err(Error::Hostile(format!("an index of {} manifests", manifests.len())));
+                return Err(Error::Hostile(format!(
+                    "an index of {} manifests",
+                    manifests.len()
+                )));
             }
             Ok(Content::Index(manifests))
         }
@@ -83,17 +90,27 @@ pub(crate) fn parse(bytes: &[u8], content_type: Option<&str>) -> Result<Content>
                 )));
             }
             if let Some(odd) = layers.iter().find(|layer| !is_layer(&layer.media_type)) {
-                return Err(Error::Unsupported(format!("layers of media type {:?}", odd.media_type)));
+                return Err(Error::Unsupported(format!(
+                    "layers of media type {:?}",
+                    odd.media_type
+                )));
             }
             if layers.len() > MAX_LAYERS {
-                return Err(Error::Unsupported(format!("{} layers (at most {MAX_LAYERS})", layers.len())));
+                return Err(Error::Unsupported(format!(
+                    "{} layers (at most {MAX_LAYERS})",
+                    layers.len()
+                )));
             }
             Ok(Content::Image(ImageManifest { config, layers }))
         }
         // Both at once would let two readers see two images in one digest.
         _ => Err(Error::Unsupported(format!(
             "a manifest of type {:?} that is neither an image nor an index",
-            document.media_type.as_deref().or(content_type).unwrap_or("unknown")
+            document
+                .media_type
+                .as_deref()
+                .or(content_type)
+                .unwrap_or("unknown")
         ))),
     }
 }
@@ -102,14 +119,27 @@ pub(crate) fn parse(bytes: &[u8], content_type: Option<&str>) -> Result<Content>
 pub(crate) fn choose<'a>(manifests: &'a [Descriptor], platform: &Platform) -> Result<&'a Descriptor> {
     let mut best: Option<(u32, &Descriptor)> = None;
     for manifest in manifests {
-        let Some(rank) = manifest.platform.as_ref().and_then(|theirs| platform.rank(theirs)) else { continue };
+        let Some(rank) = manifest
+            .platform
+            .as_ref()
+            .and_then(|theirs| platform.rank(theirs))
+        else {
+            continue;
+        };
         if best.is_none_or(|(found, _)| rank < found) {
             best = Some((rank, manifest));
         }
     }
     best.map(|(_, manifest)| manifest).ok_or_else(|| {
-        let offered: Vec<String> = manifests.iter().filter_map(|m| m.platform.as_ref()).map(|p| p.to_string()).collect();
-        Error::NotFound(format!("an image for {platform} (the index offers {})", offered.join(", ")))
+        let offered: Vec<String> = manifests
+            .iter()
+            .filter_map(|m| m.platform.as_ref())
+            .map(|p| p.to_string())
+            .collect();
+        Error::NotFound(format!(
+            "an image for {platform} (the index offers {})",
+            offered.join(", ")
+        ))
     })
 }
 
@@ -148,13 +178,19 @@ mod tests {
 
     #[test]
     fn images_of_both_families_are_taken_and_artifacts_are_not() {
-        let (oci, docker) =
-            ("application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json");
+        let (oci, docker) = (
+            "application/vnd.oci.image.config.v1+json",
+            "application/vnd.docker.container.image.v1+json",
+        );
         assert!(image(oci, "application/vnd.oci.image.layer.v1.tar+zstd").is_ok());
         assert!(image(docker, "application/vnd.docker.image.rootfs.diff.tar.gzip").is_ok());
-        let error = image("application/vnd.cncf.helm.config.v1+json", "x").unwrap_err().to_string();
+        let error = image("application/vnd.cncf.helm.config.v1+json", "x")
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("helm"), "{error}");
-        let error = image(oci, "application/vnd.oci.image.layer.v1.tar+gzip+encrypted").unwrap_err().to_string();
+        let error = image(oci, "application/vnd.oci.image.layer.v1.tar+gzip+encrypted")
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("encrypted"), "{error}");
     }
 
@@ -165,7 +201,10 @@ mod tests {
             r#"{{"schemaVersion":2,"manifests":[],"config":{{"digest":"{d}","size":1}},"layers":[]}}"#
         );
         assert!(matches!(parse(both.as_bytes(), None), Err(Error::Unsupported(_))));
-        assert!(matches!(parse(br#"{"schemaVersion":1}"#, None), Err(Error::Unsupported(_))));
+        assert!(matches!(
+            parse(br#"{"schemaVersion":1}"#, None),
+            Err(Error::Unsupported(_))
+        ));
         assert!(matches!(parse(b"<html>", None), Err(Error::Malformed { .. })));
     }
 
@@ -178,7 +217,9 @@ mod tests {
             {{"digest":"{d}","size":2,"platform":{{"os":"linux","architecture":"amd64"}}}},
             {{"digest":"{d}","size":3,"platform":{{"os":"unknown","architecture":"unknown"}}}}]}}"#
         );
-        let Content::Index(manifests) = parse(text.as_bytes(), None).unwrap() else { panic!("no index") };
+        let Content::Index(manifests) = parse(text.as_bytes(), None).unwrap() else {
+            panic!("no index")
+        };
         let platform = |architecture: &str| Platform {
             os: "linux".into(),
             architecture: architecture.into(),

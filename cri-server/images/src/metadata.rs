@@ -75,7 +75,10 @@ where
 {
     move |error| match redb::Error::from(error) {
         redb::Error::Io(error) => Error::io("write the image metadata", error),
-        error => Error::Metadata { what, source: Cause::new(error) },
+        error => Error::Metadata {
+            what,
+            source: Cause::new(error),
+        },
     }
 }
 
@@ -84,11 +87,20 @@ impl Metadata {
     pub(crate) fn open(path: &Path) -> Result<(Self, Records)> {
         let database = Self::open_database(path)?;
         let records = prepare(&database)?;
-        Ok((Self { path: path.to_owned(), database: Mutex::new(Some(database)) }, records))
+        Ok((
+            Self {
+                path: path.to_owned(),
+                database: Mutex::new(Some(database)),
+            },
+            records,
+        ))
     }
 
     fn open_database(path: &Path) -> Result<Database> {
-        Database::builder().set_cache_size(CACHE).create(path).map_err(failed("open the database"))
+        Database::builder()
+            .set_cache_size(CACHE)
+            .create(path)
+            .map_err(failed("open the database"))
     }
 
     /// Makes the changes durable, all or none.
@@ -111,7 +123,10 @@ fn prepare(database: &Database) -> Result<Records> {
     let mut records = Records::default();
     {
         let mut meta = transaction.open_table(META).map_err(failed("open a table"))?;
-        let version = meta.get("version").map_err(failed("read"))?.map(|value| value.value());
+        let version = meta
+            .get("version")
+            .map_err(failed("read"))?
+            .map(|value| value.value());
         match version {
             None => drop(meta.insert("version", VERSION).map_err(failed("write"))?),
             Some(VERSION) => {}
@@ -125,12 +140,16 @@ fn prepare(database: &Database) -> Result<Records> {
         let images = transaction.open_table(IMAGES).map_err(failed("open a table"))?;
         for entry in images.iter().map_err(failed("read"))? {
             let (id, record) = entry.map_err(failed("read"))?;
-            records.images.insert(id.value().to_owned(), parse(record.value())?);
+            records
+                .images
+                .insert(id.value().to_owned(), parse(record.value())?);
         }
         let layers = transaction.open_table(LAYERS).map_err(failed("open a table"))?;
         for entry in layers.iter().map_err(failed("read"))? {
             let (id, record) = entry.map_err(failed("read"))?;
-            records.layers.insert(id.value().to_owned(), parse(record.value())?);
+            records
+                .layers
+                .insert(id.value().to_owned(), parse(record.value())?);
         }
     }
     transaction.commit().map_err(failed("commit"))?;
@@ -145,14 +164,18 @@ fn apply(database: &Database, changes: &Changes) -> Result<()> {
             images.remove(id.as_str()).map_err(failed("delete"))?;
         }
         for (id, record) in &changes.put_images {
-            images.insert(id.as_str(), encode(record)?.as_slice()).map_err(failed("write"))?;
+            images
+                .insert(id.as_str(), encode(record)?.as_slice())
+                .map_err(failed("write"))?;
         }
         let mut layers = transaction.open_table(LAYERS).map_err(failed("open a table"))?;
         for id in &changes.delete_layers {
             layers.remove(id.as_str()).map_err(failed("delete"))?;
         }
         for (id, record) in &changes.put_layers {
-            layers.insert(id.as_str(), encode(record)?.as_slice()).map_err(failed("write"))?;
+            layers
+                .insert(id.as_str(), encode(record)?.as_slice())
+                .map_err(failed("write"))?;
         }
     }
     transaction.commit().map_err(failed("commit"))
@@ -182,18 +205,30 @@ mod tests {
             layers: vec!["c".into()],
             content: [("d".to_owned(), 5)].into(),
         };
-        let changes = Changes { put_images: vec![("i".into(), image.clone())], ..Changes::default() };
+        let changes = Changes {
+            put_images: vec![("i".into(), image.clone())],
+            ..Changes::default()
+        };
         metadata.write(&changes).unwrap();
         drop(metadata);
         let (metadata, records) = Metadata::open(&path).unwrap();
         assert_eq!(records.images["i"], image);
-        metadata.write(&Changes { delete_images: vec!["i".into()], ..Changes::default() }).unwrap();
+        metadata
+            .write(&Changes {
+                delete_images: vec!["i".into()],
+                ..Changes::default()
+            })
+            .unwrap();
         drop(metadata);
         assert_eq!(Metadata::open(&path).unwrap().1, Records::default());
         {
             let database = Database::open(&path).unwrap();
             let transaction = database.begin_write().unwrap();
-            transaction.open_table(META).unwrap().insert("version", 99).unwrap();
+            transaction
+                .open_table(META)
+                .unwrap()
+                .insert("version", 99)
+                .unwrap();
             transaction.commit().unwrap();
         }
         let error = Metadata::open(&path).err().unwrap().to_string();

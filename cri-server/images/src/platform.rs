@@ -28,7 +28,11 @@ impl Platform {
             "loongarch64" => ("loong64", None),
             other => (other, None),
         };
-        Self { os: "linux".into(), architecture: architecture.into(), variant: variant.map(Into::into) }
+        Self {
+            os: "linux".into(),
+            architecture: architecture.into(),
+            variant: variant.map(Into::into),
+        }
     }
 
     /// How well an image for `other` runs here: `None` not at all, otherwise lower is better.
@@ -79,7 +83,11 @@ mod tests {
     use super::*;
 
     fn platform(architecture: &str, variant: Option<&str>) -> Platform {
-        Platform { os: "linux".into(), architecture: architecture.into(), variant: variant.map(Into::into) }
+        Platform {
+            os: "linux".into(),
+            architecture: architecture.into(),
+            variant: variant.map(Into::into),
+        }
     }
 
     #[test]
@@ -88,11 +96,20 @@ mod tests {
         assert_eq!(v7.rank(&platform("arm", None)), Some(0));
         assert_eq!(v7.rank(&platform("arm", Some("v6"))), Some(1));
         assert_eq!(v7.rank(&platform("arm", Some("v8"))), None);
-        assert_eq!(platform("arm64", None).rank(&platform("arm64", Some("v8"))), Some(0));
+        assert_eq!(
+            platform("arm64", None).rank(&platform("arm64", Some("v8"))),
+            Some(0)
+        );
         let amd64 = platform("amd64", None);
         assert_eq!(amd64.rank(&platform("amd64", None)), Some(0));
         assert_eq!(amd64.rank(&platform("amd64", Some("v3"))), None);
         assert_eq!(amd64.rank(&platform("arm64", None)), None);
-        assert_eq!(amd64.rank(&Platform { os: "windows".into(), ..amd64.clone() }), None);
+        assert_eq!(
+            amd64.rank(&Platform {
+                os: "windows".into(),
+                ..amd64.clone()
+            }),
+            None
+        );
     }
 }

@@ -43,7 +43,10 @@ pub(crate) async fn join(inner: &Arc<Inner>, reference: Reference, auth: Option<
             None => {
                 let (sender, outcome) = watch::channel(None);
                 in_flight.insert(key.clone(), outcome.clone());
-                let entry = Entry { inner: inner.clone(), key };
+                let entry = Entry {
+                    inner: inner.clone(),
+                    key,
+                };
                 tokio::spawn(async move {
                     let result = pull(&entry.inner, &entry.key.0, entry.key.1.as_ref()).await;
                     // A retry after this failure starts anew.
@@ -54,8 +57,14 @@ pub(crate) async fn join(inner: &Arc<Inner>, reference: Reference, auth: Option<
             }
         }
     };
-    let result = outcome.wait_for(Option::is_some).await.map(|result| result.clone());
-    result.ok().flatten().unwrap_or_else(|| Err(Error::Internal("the pull ended without a result".into())))
+    let result = outcome
+        .wait_for(Option::is_some)
+        .await
+        .map(|result| result.clone());
+    result
+        .ok()
+        .flatten()
+        .unwrap_or_else(|| Err(Error::Internal("the pull ended without a result".into())))
 }
 
 /// Takes an attempt off the list however it ends.
@@ -66,7 +75,11 @@ struct Entry {
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        self.inner.in_flight.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
+        self.inner
+            .in_flight
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&self.key);
     }
 }
 
@@ -76,13 +89,25 @@ async fn pull(inner: &Arc<Inner>, reference: &Reference, auth: Option<&Auth>) ->
         (Some(auth), _) => Ok(Some(auth.clone())),
         (None, None) => Ok(None),
         (None, Some(file)) => {
-            let name = if host.mirror { host.name() } else { reference.registry.clone() };
+            let name = if host.mirror {
+                host.name()
+            } else {
+                reference.registry.clone()
+            };
             credentials::from_docker_config(file, &name, &reference.repository)
         }
     };
-    let registry = Registry::new(reference.clone(), hosts, credentials, inner.config.progress_timeout)?;
+    let registry = Registry::new(
+        reference.clone(),
+        hosts,
+        credentials,
+        inner.config.progress_timeout,
+    )?;
     let target = Target::find(inner, &registry).await?;
-    let mut pins = Pins { inner: inner.clone(), chain_ids: Vec::new() };
+    let mut pins = Pins {
+        inner: inner.clone(),
+        chain_ids: Vec::new(),
+    };
     let result = match target.fetch_layers(inner, &registry, &mut pins).await {
         Ok(()) => target.commit(inner, reference).await,
         Err(error) => Err(error),
@@ -155,12 +180,21 @@ impl Target {
         let (id, config) = Self::configuration(registry, &manifest).await?;
         documents.insert(id.clone(), config.clone());
         let layers = Self::jobs(&manifest, &config)?;
-        Ok(Self { digest, id, config, documents, layers })
+        Ok(Self {
+            digest,
+            id,
+            config,
+            documents,
+            layers,
+        })
     }
 
     async fn configuration(registry: &Registry, manifest: &ImageManifest) -> Result<(Digest, Bytes)> {
         if manifest.config.size > MAX_DOCUMENT {
-            return Err(Error::Hostile(format!("a configuration of {} bytes", manifest.config.size)));
+            return Err(Error::Hostile(format!(
+                "a configuration of {} bytes",
+                manifest.config.size
+            )));
         }
         let id = manifest.config.digest()?;
         let config = registry.small_blob(&id).await?;
@@ -181,8 +215,15 @@ impl Target {
         let parts = manifest.layers.iter().zip(diff_ids).zip(chain_ids);
         parts
             .map(|((layer, diff_id), chain_id)| {
-                let expected = Expected { blob: layer.digest()?, size: layer.size, diff_id };
-                Ok(Job { chain_id: chain_id.to_string(), expected })
+                let expected = Expected {
+                    blob: layer.digest()?,
+                    size: layer.size,
+                    diff_id,
+                };
+                Ok(Job {
+                    chain_id: chain_id.to_string(),
+                    expected,
+                })
             })
             .collect()
     }
@@ -194,7 +235,10 @@ impl Target {
         let work = self.layers.iter().enumerate().map(|(index, job)| {
             let (stop, ready) = (&stop, &ready);
             async move {
-                let below = Below { jobs: &self.layers[..index], ready: &ready[..index] };
+                let below = Below {
+                    jobs: &self.layers[..index],
+                    ready: &ready[..index],
+                };
                 let result = obtain(inner, registry, job, below, stop).await;
                 match &result {
                     Ok(()) => drop(ready[index].send_replace(true)),
@@ -223,7 +267,9 @@ impl Target {
         let _changes = inner.changes.lock().await;
         let result = self.commit_locked(inner, reference).await;
         if result.is_err() {
-            inner.collect_content(self.documents.keys().map(Digest::to_string)).await?;
+            inner
+                .collect_content(self.documents.keys().map(Digest::to_string))
+                .await?;
         }
         result
     }
@@ -231,10 +277,18 @@ impl Target {
     async fn commit_locked(&self, inner: &Arc<Inner>, reference: &Reference) -> Result<Arc<Image>> {
         let id = self.id.to_string();
         let chain_ids: Vec<String> = self.layers.iter().map(|job| job.chain_id.clone()).collect();
-        let content = self.documents.iter().map(|(digest, bytes)| (digest.to_string(), bytes.len() as u64)).collect();
+        let content = self
+            .documents
+            .iter()
+            .map(|(digest, bytes)| (digest.to_string(), bytes.len() as u64))
+            .collect();
         let mut changes = Changes::default();
-        let mut record =
-            ImageRecord { tags: [].into(), digests: [].into(), layers: chain_ids.clone(), content };
+        let mut record = ImageRecord {
+            tags: [].into(),
+            digests: [].into(),
+            layers: chain_ids.clone(),
+            content,
+        };
         let known = {
             let state = inner.state();
             let existing = state.images.get(&id).map(|(record, _)| record.clone());
@@ -257,8 +311,10 @@ impl Target {
                 record.tags.insert(tag);
             }
             for chain_id in &chain_ids {
-                let layer =
-                    state.layers.get(chain_id).ok_or_else(|| Error::NotFound(format!("layer {chain_id}")))?;
+                let layer = state
+                    .layers
+                    .get(chain_id)
+                    .ok_or_else(|| Error::NotFound(format!("layer {chain_id}")))?;
                 changes.put_layers.push((chain_id.clone(), layer.clone()));
             }
             existing.is_some_and(|existing| existing == record)
@@ -310,7 +366,11 @@ impl Target {
                 let repo_tags: Vec<String> = record.tags.iter().cloned().collect();
                 let names = || record.tags.iter().chain(&record.digests);
                 let pinned = names().any(|name| inner.pinned.contains(name));
-                Arc::new(Image { repo_tags, pinned, ..Image::clone(old) })
+                Arc::new(Image {
+                    repo_tags,
+                    pinned,
+                    ..Image::clone(old)
+                })
             } else {
                 continue;
             };
@@ -387,7 +447,11 @@ async fn obtain(
                 None => {
                     let (done, waiting) = watch::channel(());
                     state.unpacking.insert(job.chain_id.clone(), waiting);
-                    break Claim { inner: inner.clone(), chain_id: job.chain_id.clone(), _done: done };
+                    break Claim {
+                        inner: inner.clone(),
+                        chain_id: job.chain_id.clone(),
+                        _done: done,
+                    };
                 }
             }
         };
@@ -436,7 +500,10 @@ async fn fetch(
             let (aside, root, expected) = (aside.clone(), root.clone(), job.expected.clone());
             move || -> Result<(layer::Unpacked, u64, u64)> {
                 std::fs::create_dir(&aside).map_err(|e| Error::io(format!("make {}", aside.display()), e))?;
-                let pipe = Pipe { receiver, current: Bytes::new() };
+                let pipe = Pipe {
+                    receiver,
+                    current: Bytes::new(),
+                };
                 let unpacked = layer::unpack_blob(pipe, &expected, &root, Limits::default())?;
                 let (bytes, inodes) = layer::disk_usage(&root)?;
                 Ok((unpacked, bytes, inodes))
@@ -444,7 +511,9 @@ async fn fetch(
         });
         let transfer = transfer(registry.blob(&job.expected.blob, job.expected.size), sender, stop).await;
         // The unpacker's task always ends before the layer's directory is touched again.
-        let unpacked = unpacker.await.map_err(|error| Error::Internal(format!("unpacking failed: {error}")))?;
+        let unpacked = unpacker
+            .await
+            .map_err(|error| Error::Internal(format!("unpacking failed: {error}")))?;
         if let Err(Stopped::ByOther) = transfer {
             return Err(Stopped::ByOther);
         }
@@ -499,7 +568,9 @@ async fn transfer(
                 return Err(Stopped::ByOther);
             }
         };
-        let Some(piece) = piece.transpose() else { return Ok(()) };
+        let Some(piece) = piece.transpose() else {
+            return Ok(());
+        };
         let last = piece.is_err();
         if sender.send(piece).await.is_err() || last {
             return Ok(());

@@ -34,7 +34,10 @@ impl Reference {
     /// # Errors
     /// [`Error::InvalidReference`] with the part that is wrong.
     pub(crate) fn parse(text: &str) -> Result<Self> {
-        let bad = |reason| Error::InvalidReference { reference: text.chars().take(300).collect(), reason };
+        let bad = |reason| Error::InvalidReference {
+            reference: text.chars().take(300).collect(),
+            reason,
+        };
         if text.is_empty() {
             return Err(bad("it is empty"));
         }
@@ -55,13 +58,19 @@ impl Reference {
         if let Some(tag) = tag
             && !is_tag(tag)
         {
-            return Err(bad("the tag must be 1 to 128 of [A-Za-z0-9_.-], not starting with '.' or '-'"));
+            return Err(bad(
+                "the tag must be 1 to 128 of [A-Za-z0-9_.-], not starting with '.' or '-'",
+            ));
         }
         let (registry, repository) = match name.split_once('/') {
             Some((host, path)) if is_host_like(host) => (host, path.to_owned()),
             _ => (HUB, name.to_owned()),
         };
-        let registry = if registry == "index.docker.io" { HUB } else { registry };
+        let registry = if registry == "index.docker.io" {
+            HUB
+        } else {
+            registry
+        };
         if !is_host(registry) {
             return Err(bad("the registry is not a host name with an optional port"));
         }
@@ -71,7 +80,9 @@ impl Reference {
             repository
         };
         if !repository.split('/').all(is_path_component) {
-            return Err(bad("the repository must be lower-case letters, digits and single separators ('.', '_', '__', '-') between them"));
+            return Err(bad(
+                "the repository must be lower-case letters, digits and single separators ('.', '_', '__', '-') between them",
+            ));
         }
         if registry.len() + 1 + repository.len() > MAX_NAME {
             return Err(bad("the name is longer than 255 characters"));
@@ -80,7 +91,11 @@ impl Reference {
             Some(digest) => Pick::Digest(digest),
             None => Pick::Tag(tag.unwrap_or("latest").to_owned()),
         };
-        Ok(Self { registry: registry.to_owned(), repository, pick })
+        Ok(Self {
+            registry: registry.to_owned(),
+            repository,
+            pick,
+        })
     }
 
     /// `registry/repository`.
@@ -145,7 +160,9 @@ fn is_tag(tag: &str) -> bool {
 fn is_path_component(component: &str) -> bool {
     let word = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     let bytes = component.as_bytes();
-    let (Some(first), Some(last)) = (bytes.first(), bytes.last()) else { return false };
+    let (Some(first), Some(last)) = (bytes.first(), bytes.last()) else {
+        return false;
+    };
     if !word(*first) || !word(*last) {
         return false;
     }
@@ -182,7 +199,10 @@ mod tests {
             assert_eq!(normal(text), expected);
             assert_eq!(normal(expected), expected, "normalising is idempotent");
         }
-        assert_eq!(normal(&format!("r.io/x:tag@{digest}")), format!("r.io/x@{digest}"));
+        assert_eq!(
+            normal(&format!("r.io/x:tag@{digest}")),
+            format!("r.io/x@{digest}")
+        );
     }
 
     #[test]

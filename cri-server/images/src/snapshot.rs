@@ -32,7 +32,11 @@ pub(crate) struct Lease {
 
 impl Lease {
     fn directory(&self, config: &ImagesConfig, key: &str) -> PathBuf {
-        if self.image_mount { config.root.join("leases").join(key) } else { config.snapshots.join(key) }
+        if self.image_mount {
+            config.root.join("leases").join(key)
+        } else {
+            config.snapshots.join(key)
+        }
     }
 }
 
@@ -63,13 +67,20 @@ pub(crate) async fn prepare(
                 format!("upperdir={}", upper.display()),
                 format!("workdir={}", work.display()),
             ]);
-            Ok(Snapshot { mounts: vec![overlay(options)], upper })
+            Ok(Snapshot {
+                mounts: vec![overlay(options)],
+                upper,
+            })
         }
         Err(error) => Err(undo(inner, container, error).await),
     }
 }
 
-pub(crate) async fn prepare_image_mount(inner: &Arc<Inner>, image: &str, key: &str) -> Result<Vec<RootfsMount>> {
+pub(crate) async fn prepare_image_mount(
+    inner: &Arc<Inner>,
+    image: &str,
+    key: &str,
+) -> Result<Vec<RootfsMount>> {
     let (lease, lower) = acquire(inner, image, key, true, true)?;
     let worker = inner.clone();
     let name = key.to_owned();
@@ -107,10 +118,18 @@ fn acquire(
     let mut state = inner.state();
     let image = find(&state, image)?;
     let lower = inner.lower_directories(&state, &image.layers)?;
-    let lease = Lease { image: image.id.clone(), layers: image.layers.clone(), read_only, image_mount };
+    let lease = Lease {
+        image: image.id.clone(),
+        layers: image.layers.clone(),
+        read_only,
+        image_mount,
+    };
     if let Some(existing) = state.leases.get(key) {
         if existing.image != lease.image || existing.image_mount != image_mount {
-            return Err(Error::InUse { container: key.to_owned(), image: existing.image.clone() });
+            return Err(Error::InUse {
+                container: key.to_owned(),
+                image: existing.image.clone(),
+            });
         }
         return Ok((existing.clone(), lower));
     }
@@ -119,7 +138,9 @@ fn acquire(
 }
 
 fn find(state: &State, image: &str) -> Result<Arc<crate::image::Image>> {
-    state.find(image).ok_or_else(|| Error::NotFound(format!("image {image}")))
+    state
+        .find(image)
+        .ok_or_else(|| Error::NotFound(format!("image {image}")))
 }
 
 /// A key becomes a directory's name.
@@ -128,7 +149,10 @@ fn check_key(key: &str) -> Result<()> {
     if (1..=200).contains(&key.len()) && !key.starts_with('.') && key.bytes().all(good) {
         return Ok(());
     }
-    Err(Error::Internal(format!("{:?} cannot name a snapshot", key.chars().take(80).collect::<String>())))
+    Err(Error::Internal(format!(
+        "{:?} cannot name a snapshot",
+        key.chars().take(80).collect::<String>()
+    )))
 }
 
 async fn undo(inner: &Arc<Inner>, key: &str, error: Error) -> Error {
@@ -180,16 +204,19 @@ fn make_upper(upper: &Path, top: Option<&PathBuf>) -> std::io::Result<()> {
 
 pub(crate) async fn release(inner: &Arc<Inner>, key: &str) -> Result<()> {
     let _changes = inner.changes.lock().await;
-    let Some(lease) = inner.state().leases.get(key).cloned() else { return Ok(()) };
+    let Some(lease) = inner.state().leases.get(key).cloned() else {
+        return Ok(());
+    };
     let directory = lease.directory(&inner.config, key);
     let name = format!(".gone-{}-{key}", inner.fresh_name());
     let gone = directory.parent().unwrap_or(Path::new("/")).join(name);
     let removed = {
         let gone = gone.clone();
         blocking(move || match std::fs::rename(&directory, &gone) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(Error::io(format!("remove snapshot {}", directory.display()), error))
-            }
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(
+                format!("remove snapshot {}", directory.display()),
+                error,
+            )),
             _ => Ok(()),
         })
         .await
@@ -212,7 +239,8 @@ pub(crate) fn recover(config: &ImagesConfig) -> Result<HashMap<String, Lease>> {
                 continue;
             }
             let file = path.join(LEASE);
-            let lease = std::fs::read(&file).map_err(|error| Error::io(format!("read {}", file.display()), error));
+            let lease =
+                std::fs::read(&file).map_err(|error| Error::io(format!("read {}", file.display()), error));
             let lease = lease.and_then(|bytes| {
                 serde_json::from_slice::<Lease>(&bytes).map_err(|error| Error::malformed("lease", error))
             });
@@ -222,7 +250,12 @@ pub(crate) fn recover(config: &ImagesConfig) -> Result<HashMap<String, Lease>> {
                 Err(error) => {
                     tracing::warn!(snapshot = %name, %error, "snapshot without a lease");
                     let image_mount = directory != config.snapshots;
-                    let lease = Lease { image: String::new(), layers: Vec::new(), read_only: false, image_mount };
+                    let lease = Lease {
+                        image: String::new(),
+                        layers: Vec::new(),
+                        read_only: false,
+                        image_mount,
+                    };
                     leases.insert(name, lease);
                 }
             }
@@ -232,7 +265,12 @@ pub(crate) fn recover(config: &ImagesConfig) -> Result<HashMap<String, Lease>> {
 }
 
 fn overlay(options: Vec<String>) -> RootfsMount {
-    RootfsMount { fs_type: "overlay".into(), source: "overlay".into(), target: String::new(), options }
+    RootfsMount {
+        fs_type: "overlay".into(),
+        source: "overlay".into(),
+        target: String::new(),
+        options,
+    }
 }
 
 fn read_only_bind(source: &Path) -> RootfsMount {
@@ -247,7 +285,11 @@ fn read_only_bind(source: &Path) -> RootfsMount {
 /// `index=off` where the kernel has the feature: a mount that leaked into another mount namespace must not make the
 /// next mount of the same writable layer fail.
 fn overlay_options() -> Vec<String> {
-    if Path::new("/sys/module/overlay/parameters/index").exists() { vec!["index=off".into()] } else { Vec::new() }
+    if Path::new("/sys/module/overlay/parameters/index").exists() {
+        vec!["index=off".into()]
+    } else {
+        Vec::new()
+    }
 }
 
 /// The layers' option. Where the plain directories do not fit into a page, short links to them do.
@@ -264,7 +306,10 @@ fn lowerdir_option(inner: &Inner, lower: &[PathBuf], others: usize) -> Result<St
     if plain.len() <= room {
         return Ok(plain);
     }
-    let links: Vec<PathBuf> = lower.iter().map(|path| link(inner, path)).collect::<Result<_>>()?;
+    let links: Vec<PathBuf> = lower
+        .iter()
+        .map(|path| link(inner, path))
+        .collect::<Result<_>>()?;
     let short = join(&links);
     if short.len() <= room {
         return Ok(short);

@@ -63,7 +63,9 @@ pub(crate) fn now_ns() -> i64 {
 }
 
 /// Runs file system work beside the async threads.
-pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(error) => Err(Error::Internal(format!("a file system task failed: {error}"))),
@@ -86,7 +88,9 @@ impl ImageStore {
     /// Directories that cannot be made or read, metadata that is damaged, newer, or open in another process.
     pub async fn open(config: ImagesConfig) -> Result<Self> {
         let inner = blocking(move || Inner::open(config)).await?;
-        Ok(Self { inner: Arc::new(inner) })
+        Ok(Self {
+            inner: Arc::new(inner),
+        })
     }
 
     /// Pulls an image, or joins an attempt in flight for the same reference with the same credentials. The attempt
@@ -99,13 +103,20 @@ impl ImageStore {
     /// Every kind of [`Error`].
     pub async fn pull(&self, reference: &str, auth: Option<Auth>) -> Result<Image> {
         let reference = Reference::parse(reference)?;
-        crate::pull::join(&self.inner, reference, auth).await.map(|image| Image::clone(&image))
+        crate::pull::join(&self.inner, reference, auth)
+            .await
+            .map(|image| Image::clone(&image))
     }
 
     /// All images, by id.
     #[must_use]
     pub fn list(&self) -> Vec<Arc<Image>> {
-        self.inner.state().images.values().map(|(_, image)| image.clone()).collect()
+        self.inner
+            .state()
+            .images
+            .values()
+            .map(|(_, image)| image.clone())
+            .collect()
     }
 
     /// The image of an id (with or without `sha256:`), a tag, a digest reference or an unambiguous start of an id.
@@ -122,8 +133,15 @@ impl ImageStore {
     pub async fn remove(&self, id_or_reference: &str) -> Result<()> {
         let inner = &self.inner;
         let _changes = inner.changes.lock().await;
-        let Some(image) = inner.state().find(id_or_reference) else { return Ok(()) };
-        inner.write(Changes { delete_images: vec![image.id.clone()], ..Changes::default() }).await?;
+        let Some(image) = inner.state().find(id_or_reference) else {
+            return Ok(());
+        };
+        inner
+            .write(Changes {
+                delete_images: vec![image.id.clone()],
+                ..Changes::default()
+            })
+            .await?;
         let removed = inner.state().images.remove(&image.id);
         if let Some((record, _)) = removed {
             inner.collect_content(record.content.into_keys()).await?;
@@ -140,7 +158,11 @@ impl ImageStore {
         let database = std::fs::metadata(root.join(METADATA))
             .map_err(|error| Error::io(format!("examine {}", root.join(METADATA).display()), error))?;
         let state = self.inner.state();
-        let content: BTreeMap<&String, &u64> = state.images.values().flat_map(|(record, _)| &record.content).collect();
+        let content: BTreeMap<&String, &u64> = state
+            .images
+            .values()
+            .flat_map(|(record, _)| &record.content)
+            .collect();
         let layers = || state.layers.values();
         Ok(FsUsage {
             mountpoint: root.clone(),
@@ -177,8 +199,12 @@ impl ImageStore {
     #[must_use]
     pub fn snapshots(&self) -> Vec<String> {
         let state = self.inner.state();
-        let mut ids: Vec<String> =
-            state.leases.iter().filter(|(_, lease)| !lease.image_mount).map(|(id, _)| id.clone()).collect();
+        let mut ids: Vec<String> = state
+            .leases
+            .iter()
+            .filter(|(_, lease)| !lease.image_mount)
+            .map(|(id, _)| id.clone())
+            .collect();
         ids.sort();
         ids
     }
@@ -188,11 +214,22 @@ impl ImageStore {
     /// # Errors
     /// [`Error::NotFound`] when the container has none; failures of the file system.
     pub fn snapshot_usage(&self, container_id: &str) -> Result<SnapshotUsage> {
-        if !self.inner.state().leases.get(container_id).is_some_and(|lease| !lease.image_mount) {
+        let held = self
+            .inner
+            .state()
+            .leases
+            .get(container_id)
+            .map(|lease| lease.image_mount);
+        if held != Some(false) {
             return Err(Error::NotFound(format!("snapshot of container {container_id}")));
         }
-        let (bytes, inodes) = layer::disk_usage(&self.inner.config.snapshots.join(container_id).join("upper"))?;
-        Ok(SnapshotUsage { bytes, inodes, timestamp_ns: now_ns() })
+        let (bytes, inodes) =
+            layer::disk_usage(&self.inner.config.snapshots.join(container_id).join("upper"))?;
+        Ok(SnapshotUsage {
+            bytes,
+            inodes,
+            timestamp_ns: now_ns(),
+        })
     }
 
     /// Reads a regular file of an image, links followed inside the image only; `None` when there is no such file.
@@ -202,7 +239,9 @@ impl ImageStore {
     pub fn read_file(&self, image_id: &str, path: &str, limit: u64) -> Result<Option<Vec<u8>>> {
         let layers = {
             let state = self.inner.state();
-            let image = state.find(image_id).ok_or_else(|| Error::NotFound(format!("image {image_id}")))?;
+            let image = state
+                .find(image_id)
+                .ok_or_else(|| Error::NotFound(format!("image {image_id}")))?;
             self.inner.lower_directories(&state, &image.layers)?
         };
         Merged::open(layers.iter().map(PathBuf::as_path))?.read_file(path, limit)
@@ -240,7 +279,10 @@ impl State {
             return None;
         }
         let start = format!("sha256:{start}");
-        let mut found = self.images.range(start.clone()..).take_while(|(id, _)| id.starts_with(&start));
+        let mut found = self
+            .images
+            .range(start.clone()..)
+            .take_while(|(id, _)| id.starts_with(&start));
         match (found.next(), found.next()) {
             (Some((_, (_, image))), None) => Some(image.clone()),
             _ => None,
@@ -249,7 +291,10 @@ impl State {
 
     fn is_live(&self, chain_id: &String) -> bool {
         self.pins.contains_key(chain_id)
-            || self.images.values().any(|(record, _)| record.layers.contains(chain_id))
+            || self
+                .images
+                .values()
+                .any(|(record, _)| record.layers.contains(chain_id))
             || self.leases.values().any(|lease| lease.layers.contains(chain_id))
     }
 }
@@ -258,7 +303,12 @@ impl Inner {
     fn open(config: ImagesConfig) -> Result<Self> {
         for path in [&config.root, &config.snapshots] {
             // Overlayfs's options give these characters a meaning.
-            if path.as_os_str().as_encoded_bytes().iter().any(|byte| b":,\\\"".contains(byte)) {
+            if path
+                .as_os_str()
+                .as_encoded_bytes()
+                .iter()
+                .any(|byte| b":,\\\"".contains(byte))
+            {
                 return Err(Error::Config {
                     path: path.display().to_string(),
                     reason: "a directory of images must not contain ':', ',', '\\' or '\"'".into(),
@@ -316,7 +366,12 @@ impl Inner {
             }
         }
         state.leases = crate::snapshot::recover(&self.config)?;
-        let dead: Vec<String> = state.layers.keys().filter(|id| !state.is_live(id)).cloned().collect();
+        let dead: Vec<String> = state
+            .layers
+            .keys()
+            .filter(|id| !state.is_live(id))
+            .cloned()
+            .collect();
         for chain_id in dead {
             state.layers.remove(&chain_id);
             changes.delete_layers.push(chain_id);
@@ -335,8 +390,11 @@ impl Inner {
                 remove_file(&self.config.root.join("l").join(&name))?;
             }
         }
-        let content: BTreeSet<&String> =
-            state.images.values().flat_map(|(record, _)| record.content.keys()).collect();
+        let content: BTreeSet<&String> = state
+            .images
+            .values()
+            .flat_map(|(record, _)| record.content.keys())
+            .collect();
         for name in names_in(&self.config.root.join("content"))? {
             if !content.contains(&name.replacen('-', ":", 1)) {
                 remove_file(&self.config.root.join("content").join(&name))?;
@@ -362,10 +420,19 @@ impl Inner {
         self.image(state, id, record, &config)
     }
 
-    pub(crate) fn image(&self, state: &State, id: &str, record: &ImageRecord, config: &[u8]) -> Result<Image> {
+    pub(crate) fn image(
+        &self,
+        state: &State,
+        id: &str,
+        record: &ImageRecord,
+        config: &[u8],
+    ) -> Result<Image> {
         let mut bytes = 0;
         for chain_id in &record.layers {
-            let layer = state.layers.get(chain_id).ok_or_else(|| Error::NotFound(format!("layer {chain_id}")))?;
+            let layer = state
+                .layers
+                .get(chain_id)
+                .ok_or_else(|| Error::NotFound(format!("layer {chain_id}")))?;
             bytes += layer.bytes;
         }
         Image::new(id, record, config, bytes, &self.pinned)
@@ -393,20 +460,33 @@ impl Inner {
     }
 
     pub(crate) fn content_path(&self, digest: &Digest) -> PathBuf {
-        self.config.root.join("content").join(format!("{}-{}", digest.algorithm(), digest.hex()))
+        self.config
+            .root
+            .join("content")
+            .join(format!("{}-{}", digest.algorithm(), digest.hex()))
     }
 
     /// Directories of the layers that count, the topmost first.
     pub(crate) fn lower_directories(&self, state: &State, layers: &[String]) -> Result<Vec<PathBuf>> {
         let records = self.lower_records(state, layers)?;
-        Ok(records.into_iter().map(|record| self.layer_directory(record)).collect())
+        Ok(records
+            .into_iter()
+            .map(|record| self.layer_directory(record))
+            .collect())
     }
 
     /// Records of the layers that count, the topmost first: none without entries, none below an opaque root.
-    pub(crate) fn lower_records<'a>(&self, state: &'a State, layers: &[String]) -> Result<Vec<&'a LayerRecord>> {
+    pub(crate) fn lower_records<'a>(
+        &self,
+        state: &'a State,
+        layers: &[String],
+    ) -> Result<Vec<&'a LayerRecord>> {
         let mut records = Vec::new();
         for chain_id in layers.iter().rev() {
-            let record = state.layers.get(chain_id).ok_or_else(|| Error::NotFound(format!("layer {chain_id}")))?;
+            let record = state
+                .layers
+                .get(chain_id)
+                .ok_or_else(|| Error::NotFound(format!("layer {chain_id}")))?;
             if !record.empty {
                 records.push(record);
             }
@@ -426,15 +506,27 @@ impl Inner {
     pub(crate) async fn collect_layers(self: &Arc<Self>) -> Result<()> {
         let dead: Vec<(String, LayerRecord)> = {
             let mut state = self.state();
-            let ids: Vec<String> = state.layers.keys().filter(|id| !state.is_live(id)).cloned().collect();
-            ids.into_iter().filter_map(|id| state.layers.remove_entry(&id)).collect()
+            let ids: Vec<String> = state
+                .layers
+                .keys()
+                .filter(|id| !state.is_live(id))
+                .cloned()
+                .collect();
+            ids.into_iter()
+                .filter_map(|id| state.layers.remove_entry(&id))
+                .collect()
         };
         if dead.is_empty() {
             return Ok(());
         }
         let delete_layers = dead.iter().map(|(id, _)| id.clone()).collect();
         // Even without their records' deletion on disk the directories may go: the next start drops such records.
-        let written = self.write(Changes { delete_layers, ..Changes::default() }).await;
+        let written = self
+            .write(Changes {
+                delete_layers,
+                ..Changes::default()
+            })
+            .await;
         let inner = self.clone();
         let removed = blocking(move || {
             let mut result = Ok(());
@@ -450,12 +542,23 @@ impl Inner {
     }
 
     /// Removes those of the documents that no image needs. The caller holds `changes`.
-    pub(crate) async fn collect_content(self: &Arc<Self>, candidates: impl IntoIterator<Item = String>) -> Result<()> {
+    pub(crate) async fn collect_content(
+        self: &Arc<Self>,
+        candidates: impl IntoIterator<Item = String>,
+    ) -> Result<()> {
         let paths: Vec<PathBuf> = {
             let state = self.state();
-            let needed = |name: &String| state.images.values().any(|(record, _)| record.content.contains_key(name));
+            let needed = |name: &String| {
+                state
+                    .images
+                    .values()
+                    .any(|(record, _)| record.content.contains_key(name))
+            };
             let unneeded = candidates.into_iter().filter(|name| !needed(name));
-            unneeded.filter_map(|name| Digest::parse(&name)).map(|digest| self.content_path(&digest)).collect()
+            unneeded
+                .filter_map(|name| Digest::parse(&name))
+                .map(|digest| self.content_path(&digest))
+                .collect()
         };
         blocking(move || paths.iter().try_for_each(|path| remove_file(path))).await
     }

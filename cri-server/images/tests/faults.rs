@@ -24,7 +24,10 @@ fn noise(size: usize) -> String {
 }
 
 fn sample() -> TestImage {
-    TestImage::oci(&[layer(&[("base", "1")]), layer(&[("big", &noise(600_000))])], Packing::Gzip)
+    TestImage::oci(
+        &[layer(&[("base", "1")]), layer(&[("big", &noise(600_000))])],
+        Packing::Gzip,
+    )
 }
 
 fn shelf(image: &TestImage) -> Shelf {
@@ -47,7 +50,10 @@ async fn store_with(place: &Place, change: impl FnOnce(&mut ImagesConfig)) -> Im
 async fn a_registry_that_never_answers_times_out() {
     let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let place = Place::new();
-    let store = store_with(&place, |config| config.progress_timeout = Duration::from_millis(1200)).await;
+    let store = store_with(&place, |config| {
+        config.progress_timeout = Duration::from_millis(1200)
+    })
+    .await;
     let before = place.listing();
     let started = Instant::now();
     let name = format!("127.0.0.1:{}/app:1", silent.local_addr().unwrap().port());
@@ -71,7 +77,10 @@ async fn a_transfer_that_stalls_times_out_and_leaves_nothing() {
     })
     .await;
     let place = Place::new();
-    let store = store_with(&place, |config| config.progress_timeout = Duration::from_millis(700)).await;
+    let store = store_with(&place, |config| {
+        config.progress_timeout = Duration::from_millis(700)
+    })
+    .await;
     let before = place.listing();
     let error = store.pull(&fake.name("app:1"), None).await.unwrap_err();
     assert!(matches!(error, Error::Timeout { .. }), "{error:?}");
@@ -107,13 +116,11 @@ async fn wrong_content_is_never_visible() {
         let place = Place::new();
         let store = place.open().await;
         let before = place.listing();
-        let error = store.pull(&fake.name(&format!("app@{}", image.digest())), None).await.unwrap_err();
-        let expected = match lie {
-            "shorter" => matches!(error, Error::Unavailable { .. }),
-            "longer" => matches!(error, Error::Hostile(_) | Error::DigestMismatch { .. }),
-            _ => matches!(error, Error::DigestMismatch { .. }),
-        };
-        assert!(expected, "{lie}: {error:?}");
+        let error = store
+            .pull(&fake.name(&format!("app@{}", image.digest())), None)
+            .await
+            .unwrap_err();
+        assert!(matches!(error, Error::DigestMismatch { .. }), "{lie}: {error:?}");
         assert_eq!(place.listing(), before, "{lie}");
         assert!(store.list().is_empty());
     }
@@ -133,7 +140,11 @@ async fn an_interrupted_transfer_is_resumed() {
             }
             let mut reply = content.answer(&plain);
             if is_big_blob(&cut, request) && count.fetch_add(1, Ordering::Relaxed) < 2 {
-                reply.cut = Some(if ranges { 150_000 } else { 150_000 + 100_000 * asked_before(&count) });
+                reply.cut = Some(if ranges {
+                    150_000
+                } else {
+                    150_000 + 100_000 * asked_before(&count)
+                });
             }
             reply
         })
@@ -145,7 +156,11 @@ async fn an_interrupted_transfer_is_resumed() {
         assert_eq!(asked.load(Ordering::Relaxed), 3);
         let requests = fake.seen(&digest(&image.blobs[1]));
         assert!(!requests[0].headers.contains_key("range"));
-        assert!(requests[1].headers["range"].starts_with("bytes=1"), "{:?}", requests[1].headers);
+        assert!(
+            requests[1].headers["range"].starts_with("bytes=1"),
+            "{:?}",
+            requests[1].headers
+        );
         let big = store.read_file(&pulled.id, "big", 1_000_000).unwrap().unwrap();
         assert_eq!(big.len(), 600_000);
     }
@@ -173,12 +188,29 @@ async fn passing_failures_are_tried_again_and_lasting_ones_are_not() {
         assert_eq!(fake.seen("/manifests/").len(), tries);
     }
     let fake = Fake::start(|_| Reply::new(418, "")).await;
-    let error = Place::new().open().await.pull(&fake.name("app:1"), None).await.unwrap_err();
+    let error = Place::new()
+        .open()
+        .await
+        .pull(&fake.name("app:1"), None)
+        .await
+        .unwrap_err();
     assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
     assert_eq!(fake.seen("").len(), 1);
-    let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let error = Place::new().open().await.pull(&format!("127.0.0.1:{closed}/x"), None).await.unwrap_err();
-    assert!(matches!(&error, Error::Unavailable { reason, .. } if reason.contains("refused")), "{error:?}");
+    let closed = std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port();
+    let error = Place::new()
+        .open()
+        .await
+        .pull(&format!("127.0.0.1:{closed}/x"), None)
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(&error, Error::Unavailable { reason, .. } if reason.contains("refused")),
+        "{error:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -194,27 +226,53 @@ async fn bearer_tokens_are_fetched_for_every_kind_of_credential() {
                 && request.body.contains("refresh_token=refresh%2Fme");
             // user:secret
             if given == "Basic dXNlcjpzZWNyZXQ=" || refresh {
-                assert!(request.path.contains("scope=repository%3Aapp%3Apull") || refresh, "{}", request.path);
-                return Reply::new(200, if refresh { r#"{"access_token":"good"}"# } else { r#"{"token":"good"}"# });
+                assert!(
+                    request.path.contains("scope=repository%3Aapp%3Apull") || refresh,
+                    "{}",
+                    request.path
+                );
+                return Reply::new(
+                    200,
+                    if refresh {
+                        r#"{"access_token":"good"}"#
+                    } else {
+                        r#"{"token":"good"}"#
+                    },
+                );
             }
             return Reply::new(401, "{}");
         }
         if given == "Bearer good" {
             return content.answer(request);
         }
-        let challenge = format!("Bearer realm=\"http://{port}/token\",service=\"test\",scope=\"repository:app:pull\"");
+        let challenge =
+            format!("Bearer realm=\"http://{port}/token\",service=\"test\",scope=\"repository:app:pull\"");
         Reply::new(401, "{}").header("WWW-Authenticate", &challenge)
     })
     .await;
     let name = fake.name("app:1");
-    let basic = |password: &str| Some(Auth::Basic { username: "user".into(), password: password.into() });
-    for auth in [basic("secret"), Some(Auth::IdentityToken("refresh/me".into())), Some(Auth::RegistryToken("good".into()))] {
+    let basic = |password: &str| {
+        Some(Auth::Basic {
+            username: "user".into(),
+            password: password.into(),
+        })
+    };
+    for auth in [
+        basic("secret"),
+        Some(Auth::IdentityToken("refresh/me".into())),
+        Some(Auth::RegistryToken("good".into())),
+    ] {
         let place = Place::new();
         place.open().await.pull(&name, auth).await.unwrap();
     }
     let tokens = fake.seen("/token").len();
     assert_eq!(tokens, 2, "one token serves a whole pull");
-    for auth in [None, basic("wrong"), Some(Auth::IdentityToken("x".into())), Some(Auth::RegistryToken("bad".into()))] {
+    for auth in [
+        None,
+        basic("wrong"),
+        Some(Auth::IdentityToken("x".into())),
+        Some(Auth::RegistryToken("bad".into())),
+    ] {
         let place = Place::new();
         let store = place.open().await;
         let before = place.listing();
@@ -230,7 +288,9 @@ async fn mirrors_are_tried_in_order_with_their_prefix_headers_and_ns() {
     let content = shelf(&image);
     let mirror = Fake::start(move |request| {
         let mut inner = request.clone();
-        let Some(rest) = request.path.strip_prefix("/cache/v9") else { return Reply::new(404, "") };
+        let Some(rest) = request.path.strip_prefix("/cache/v9") else {
+            return Reply::new(404, "");
+        };
         inner.path = format!("/v2{rest}");
         content.answer(&inner)
     })
@@ -258,9 +318,17 @@ async fn mirrors_are_tried_in_order_with_their_prefix_headers_and_ns() {
     let place = Place::new();
     place.hosts(
         "upstream.invalid",
-        &format!("server = \"http://127.0.0.1:1\"\n[host.\"http://127.0.0.1:{}\"]\ncapabilities = [\"pull\"]\n", broken.port),
+        &format!(
+            "server = \"http://127.0.0.1:1\"\n[host.\"http://127.0.0.1:{}\"]\ncapabilities = [\"pull\"]\n",
+            broken.port
+        ),
     );
-    let error = place.open().await.pull("upstream.invalid/other:1", None).await.unwrap_err();
+    let error = place
+        .open()
+        .await
+        .pull("upstream.invalid/other:1", None)
+        .await
+        .unwrap_err();
     assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
     assert!(broken.seen("other").is_empty());
 }
@@ -271,18 +339,26 @@ async fn plain_http_is_only_spoken_where_configured() {
     let fake = Fake::serving(shelf(&image)).await;
     let place = Place::new();
     let store = place.open().await;
-    place.hosts("secure.invalid", &format!("server = \"https://127.0.0.1:{}\"", fake.port));
+    place.hosts(
+        "secure.invalid",
+        &format!("server = \"https://127.0.0.1:{}\"", fake.port),
+    );
     let error = store.pull("secure.invalid/app:1", None).await.unwrap_err();
     assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
-    // The machine's own address is not the loopback.
     assert!(fake.log.lock().unwrap().is_empty(), "no plain request was sent");
-    place.hosts("plain.invalid", &format!("server = \"http://127.0.0.1:{}\"", fake.port));
+    place.hosts(
+        "plain.invalid",
+        &format!("server = \"http://127.0.0.1:{}\"", fake.port),
+    );
     store.pull("plain.invalid/app:1", None).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn concurrent_pulls_are_joined_and_share_layers() {
-    let (base, big) = (layer(&[("base", &noise(300_000))]), layer(&[("big", &noise(400_000))]));
+    let (base, big) = (
+        layer(&[("base", &noise(300_000))]),
+        layer(&[("big", &noise(400_000))]),
+    );
     let one = TestImage::oci(&[base.clone(), big], Packing::Gzip);
     let two = TestImage::oci(&[base, layer(&[("two", "2")])], Packing::Gzip);
     let mut content = shelf(&one);
@@ -291,7 +367,10 @@ async fn concurrent_pulls_are_joined_and_share_layers() {
     let place = Place::new();
     let store = place.open().await;
     let pulls = (0..10).map(|n| {
-        let (store, name) = (store.clone(), fake.name(if n % 2 == 0 { "app:1" } else { "app:2" }));
+        let (store, name) = (
+            store.clone(),
+            fake.name(if n % 2 == 0 { "app:1" } else { "app:2" }),
+        );
         tokio::spawn(async move { store.pull(&name, None).await.unwrap() })
     });
     for pull in pulls.collect::<Vec<_>>() {
@@ -307,13 +386,17 @@ async fn concurrent_pulls_are_joined_and_share_layers() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pull_goes_on_when_another_that_fetched_its_layer_fails() {
     let base = layer(&[("base", &noise(500_000))]);
-    let good = TestImage::oci(&[base.clone()], Packing::Gzip);
+    let good = TestImage::oci(std::slice::from_ref(&base), Packing::Gzip);
     let bad = TestImage::oci(&[base, layer(&[("gone", "x")])], Packing::Gzip);
     let mut content = shelf(&good);
     content.image("app", "bad", &bad);
     let missing = digest(&bad.blobs[1]);
     let fake = Fake::start(move |request| {
-        if request.path.contains(&missing) { Reply::new(404, "") } else { content.answer(request) }
+        if request.path.contains(&missing) {
+            Reply::new(404, "")
+        } else {
+            content.answer(request)
+        }
     })
     .await;
     for _ in 0..5 {
@@ -324,7 +407,12 @@ async fn a_pull_goes_on_when_another_that_fetched_its_layer_fails() {
         let (failed, pulled) = tokio::join!(store.pull(&failing, None), store.pull(&fine, None));
         assert!(matches!(failed, Err(Error::NotFound(_))), "{failed:?}");
         assert_eq!(pulled.unwrap().id, good.id());
-        assert_eq!(std::fs::read_dir(place.config().root.join("layers")).unwrap().count(), 1);
+        assert_eq!(
+            std::fs::read_dir(place.config().root.join("layers"))
+                .unwrap()
+                .count(),
+            1
+        );
         store.remove(&fine).await.unwrap();
         assert_eq!(place.listing(), before);
     }
@@ -351,7 +439,10 @@ async fn hostile_and_odd_images_leave_nothing() {
     let text = String::from_utf8(uneven.manifest.clone()).unwrap();
     let cut = text.rfind(",{").unwrap();
     uneven.manifest = format!("{}]}}", &text[..cut]).into_bytes();
-    let mut garbage = TestImage::oci(&[b"this is no archive at all, and long enough".repeat(100)], Packing::Gzip);
+    let mut garbage = TestImage::oci(
+        &[b"this is no archive at all, and long enough".repeat(100)],
+        Packing::Gzip,
+    );
     garbage.manifest_type.clone_from(&hostile.manifest_type);
     for (image, reason) in [(hostile, "\"..\""), (uneven, "layers"), (garbage, "header")] {
         let fake = Fake::serving(shelf(&image)).await;
@@ -359,12 +450,20 @@ async fn hostile_and_odd_images_leave_nothing() {
         let store = place.open().await;
         let before = place.listing();
         let error = store.pull(&fake.name("app:1"), None).await.unwrap_err();
-        assert!(matches!(error, Error::Hostile(_)) && tell(&error).contains(reason), "{error:?}");
+        assert!(
+            matches!(error, Error::Hostile(_)) && tell(&error).contains(reason),
+            "{error:?}"
+        );
         assert_eq!(place.listing(), before);
         assert!(!place.dir.path().join("escaped").exists());
     }
     let endless = Fake::start(|_| Reply::new(200, vec![b' '; 9 << 20])).await;
-    let error = Place::new().open().await.pull(&endless.name("app:1"), None).await.unwrap_err();
+    let error = Place::new()
+        .open()
+        .await
+        .pull(&endless.name("app:1"), None)
+        .await
+        .unwrap_err();
     assert!(matches!(error, Error::Hostile(_)), "{error:?}");
 }
 
@@ -375,7 +474,14 @@ impl SmallDisk {
     fn new(options: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let options = std::ffi::CString::new(options).unwrap();
-        rustix::mount::mount("tmpfs", dir.path(), "tmpfs", rustix::mount::MountFlags::empty(), Some(&*options)).unwrap();
+        rustix::mount::mount(
+            "tmpfs",
+            dir.path(),
+            "tmpfs",
+            rustix::mount::MountFlags::empty(),
+            Some(&*options),
+        )
+        .unwrap();
         Self(dir)
     }
 }
@@ -391,8 +497,14 @@ async fn a_full_disk_says_so_and_leaves_nothing() {
     let files: Vec<String> = (0..400).map(|n| format!("f{n}")).collect();
     let many: Vec<(&str, &str)> = files.iter().map(|name| (name.as_str(), "")).collect();
     for (options, image) in [
-        ("size=6m", TestImage::oci(&[layer(&[("huge", &"x".repeat(20 << 20))])], Packing::Gzip)),
-        ("size=64m,nr_inodes=200", TestImage::oci(&[layer(&many)], Packing::Gzip)),
+        (
+            "size=6m",
+            TestImage::oci(&[layer(&[("huge", &"x".repeat(20 << 20))])], Packing::Gzip),
+        ),
+        (
+            "size=64m,nr_inodes=200",
+            TestImage::oci(&[layer(&many)], Packing::Gzip),
+        ),
     ] {
         let small = TestImage::oci(&[layer(&[("small", "x")])], Packing::Gzip);
         let mut content = shelf(&image);

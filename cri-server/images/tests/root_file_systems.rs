@@ -22,11 +22,27 @@ impl Mounted {
             rustix::mount::mount_bind(mount.source.as_str(), at).unwrap();
         } else {
             let read_only = mount.options.iter().any(|option| option == "ro");
-            let options: Vec<&str> = mount.options.iter().map(String::as_str).filter(|option| *option != "ro").collect();
+            let options: Vec<&str> = mount
+                .options
+                .iter()
+                .map(String::as_str)
+                .filter(|option| *option != "ro")
+                .collect();
             let options = std::ffi::CString::new(options.join(",")).unwrap();
             assert!(options.as_bytes_with_nul().len() <= 4096);
-            let flags = if read_only { MountFlags::RDONLY } else { MountFlags::empty() };
-            rustix::mount::mount(mount.source.as_str(), at, mount.fs_type.as_str(), flags, Some(&*options)).unwrap();
+            let flags = if read_only {
+                MountFlags::RDONLY
+            } else {
+                MountFlags::empty()
+            };
+            rustix::mount::mount(
+                mount.source.as_str(),
+                at,
+                mount.fs_type.as_str(),
+                flags,
+                Some(&*options),
+            )
+            .unwrap();
         }
         Self(at.to_owned())
     }
@@ -51,7 +67,13 @@ async fn a_container_sees_the_layers_merged_and_writes_to_its_own() {
     let store = place.open().await;
     let image = TestImage::oci(
         &[
-            layer(&[("etc/", ""), ("etc/old", "1"), ("etc/kept", "1"), ("opt/", ""), ("opt/a", "1")]),
+            layer(&[
+                ("etc/", ""),
+                ("etc/old", "1"),
+                ("etc/kept", "1"),
+                ("opt/", ""),
+                ("opt/a", "1"),
+            ]),
             layer(&[("etc/.wh.old", ""), ("opt/.wh..wh..opq", ""), ("opt/b", "2")]),
             layer(&[]),
         ],
@@ -69,14 +91,21 @@ async fn a_container_sees_the_layers_merged_and_writes_to_its_own() {
     assert!(snapshot.upper.join("etc/new").exists());
     let usage = store.snapshot_usage("c1").unwrap();
     assert!(usage.bytes >= 100_000 && usage.inodes >= 3, "{usage:?}");
-    assert_eq!(store.prepare(&image.id, "c1", false).await.unwrap(), snapshot, "asked again, answered the same");
+    assert_eq!(
+        store.prepare(&image.id, "c1", false).await.unwrap(),
+        snapshot,
+        "asked again, answered the same"
+    );
     assert_eq!(store.snapshots(), ["c1"]);
     store.release("c1").await.unwrap();
     store.release("c1").await.unwrap();
     assert!(store.snapshots().is_empty());
     assert_eq!(std::fs::read_dir(place.config().snapshots).unwrap().count(), 0);
     assert!(matches!(store.snapshot_usage("c1"), Err(Error::NotFound(_))));
-    assert!(matches!(store.prepare("sha256:00", "c2", false).await, Err(Error::NotFound(_))));
+    assert!(matches!(
+        store.prepare("sha256:00", "c2", false).await,
+        Err(Error::NotFound(_))
+    ));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -100,7 +129,10 @@ async fn the_root_directory_has_the_images_owner_and_mode() {
     let root = place.dir.path().join("rootfs");
     let _mounted = Mounted::new(&root, &snapshot.mounts);
     let data = std::fs::metadata(&root).unwrap();
-    assert_eq!((data.permissions().mode() & 0o7777, data.uid(), data.gid()), (0o1710, 11, 12));
+    assert_eq!(
+        (data.permissions().mode() & 0o7777, data.uid(), data.gid()),
+        (0o1710, 11, 12)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -123,7 +155,13 @@ async fn layers_in_use_survive_their_image_and_a_restart() {
         assert_eq!(std::fs::read(root.join("b")).unwrap(), b"2");
     }
     store.release("c1").await.unwrap();
-    assert_eq!(std::fs::read_dir(place.config().root.join("layers")).unwrap().count(), 2, "the volume holds them");
+    assert_eq!(
+        std::fs::read_dir(place.config().root.join("layers"))
+            .unwrap()
+            .count(),
+        2,
+        "the volume holds them"
+    );
     store.release("volume").await.unwrap();
     assert_eq!(place.listing(), empty);
 }
@@ -147,7 +185,9 @@ async fn a_container_keeps_to_one_image() {
 async fn many_layers_and_no_layers_can_be_mounted() {
     let place = Place::new();
     let store = place.open().await;
-    let layers: Vec<Vec<u8>> = (0..127).map(|n| layer(&[(&format!("f{n}"), "x"), ("last", &n.to_string())])).collect();
+    let layers: Vec<Vec<u8>> = (0..127)
+        .map(|n| layer(&[(&format!("f{n}"), "x"), ("last", &n.to_string())]))
+        .collect();
     let image = pulled(&store, &TestImage::oci(&layers, Packing::Gzip)).await;
     let snapshot = store.prepare(&image.id, "many", false).await.unwrap();
     let root = place.dir.path().join("rootfs");
@@ -159,7 +199,10 @@ async fn many_layers_and_no_layers_can_be_mounted() {
     let volume = store.prepare_image_mount(&image.id, "view").await.unwrap();
     {
         let _mounted = Mounted::new(&root, &volume);
-        assert!(std::fs::write(root.join("new"), "x").is_err(), "a view is read-only");
+        assert!(
+            std::fs::write(root.join("new"), "x").is_err(),
+            "a view is read-only"
+        );
     }
     let scratch = pulled(&store, &TestImage::oci(&[], Packing::Gzip)).await;
     let snapshot = store.prepare(&scratch.id, "scratch", false).await.unwrap();
@@ -179,7 +222,11 @@ async fn what_a_crash_leaves_is_removed_at_the_next_start() {
     for path in ["tmp/9/fs/half", "layers/zz/fs/unrecorded"] {
         std::fs::create_dir_all(root.join(path)).unwrap();
     }
-    std::fs::write(root.join("content").join(format!("sha256-{}", "0".repeat(64))), "x").unwrap();
+    std::fs::write(
+        root.join("content").join(format!("sha256-{}", "0".repeat(64))),
+        "x",
+    )
+    .unwrap();
     for path in [".new-1-c2/upper", ".gone-2-c3/upper"] {
         std::fs::create_dir_all(snapshots.join(path)).unwrap();
     }
@@ -189,7 +236,12 @@ async fn what_a_crash_leaves_is_removed_at_the_next_start() {
     drop(store);
     // An image whose layer or configuration is gone is not half there.
     let layers = root.join("layers");
-    let name = std::fs::read_dir(&layers).unwrap().next().unwrap().unwrap().path();
+    let name = std::fs::read_dir(&layers)
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap()
+        .path();
     std::fs::remove_dir_all(name).unwrap();
     let store = place.open().await;
     assert!(store.list().is_empty());

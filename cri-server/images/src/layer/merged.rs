@@ -43,7 +43,9 @@ impl Merged {
                 .map(Rc::new)
                 .map_err(|errno| Error::io(format!("open layer {}", path.display()), errno))
         };
-        Ok(Self { root: layers.into_iter().map(open).collect::<Result<_>>()? })
+        Ok(Self {
+            root: layers.into_iter().map(open).collect::<Result<_>>()?,
+        })
     }
 
     /// Reads a regular file; `None` when there is none at the path.
@@ -52,9 +54,12 @@ impl Merged {
     /// [`Error::Hostile`] for more than `limit` bytes.
     pub(crate) fn read_file(&self, path: &str, limit: u64) -> Result<Option<Vec<u8>>> {
         let failed = |errno: Errno| Error::io(format!("read {path:?} of an image"), errno);
-        let Some((directory, name)) = self.find_file(path.as_bytes()).map_err(failed)? else { return Ok(None) };
+        let Some((directory, name)) = self.find_file(path.as_bytes()).map_err(failed)? else {
+            return Ok(None);
+        };
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = rustix::fs::openat(&directory, OsStr::from_bytes(&name), flags, Mode::empty()).map_err(failed)?;
+        let fd =
+            rustix::fs::openat(&directory, OsStr::from_bytes(&name), flags, Mode::empty()).map_err(failed)?;
         let mut bytes = Vec::new();
         File::from(fd)
             .take(limit.saturating_add(1))
@@ -149,10 +154,16 @@ fn step(here: &Union, name: &[u8]) -> rustix::io::Result<Node> {
             // Below a directory of a higher layer a file does not show.
             _ if !union.is_empty() => break,
             FileType::Symlink => {
-                return Ok(Node::Symlink(rustix::fs::readlinkat(directory, name, Vec::new())?.into_bytes()));
+                return Ok(Node::Symlink(
+                    rustix::fs::readlinkat(directory, name, Vec::new())?.into_bytes(),
+                ));
             }
             other => return Ok(Node::Other(directory.clone(), other)),
         }
     }
-    Ok(if union.is_empty() { Node::Absent } else { Node::Directory(union) })
+    Ok(if union.is_empty() {
+        Node::Absent
+    } else {
+        Node::Directory(union)
+    })
 }

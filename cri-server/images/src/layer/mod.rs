@@ -35,7 +35,12 @@ pub(crate) struct Expected {
 
 /// Unpacks a blob into the new directory `target` while it arrives, and verifies all of it. On an error the
 /// caller removes `target`.
-pub(crate) fn unpack_blob(blob: impl Read, expected: &Expected, target: &Path, limits: Limits) -> Result<Unpacked> {
+pub(crate) fn unpack_blob(
+    blob: impl Read,
+    expected: &Expected,
+    target: &Path,
+    limits: Limits,
+) -> Result<Unpacked> {
     let root = make_root(target)?;
     let mut transferred = Hashed::new(blob, &expected.blob, expected.size, "the layer's blob");
     let (unpacked, diff_id) = {
@@ -81,7 +86,13 @@ struct Hashed<R> {
 
 impl<R: Read> Hashed<R> {
     fn new(input: R, like: &Digest, limit: u64, what: &'static str) -> Self {
-        Self { input, hasher: Hasher::like(like), count: 0, limit, what }
+        Self {
+            input,
+            hasher: Hasher::like(like),
+            count: 0,
+            limit,
+            what,
+        }
     }
 
     fn verify(self, expected: &Expected) -> Result<()> {
@@ -131,20 +142,33 @@ fn is_skippable_zstd_frame(start: &[u8]) -> bool {
 
 /// Gives directories that the layer did not describe the owner, mode and time they have in the layers below.
 pub(crate) fn inherit(layer: &Path, implied: &[Vec<u8>], below: &Merged) -> Result<()> {
-    let failed = |errno| Error::io(format!("inherit directory attributes in {}", layer.display()), errno);
+    let failed = |errno| {
+        Error::io(
+            format!("inherit directory attributes in {}", layer.display()),
+            errno,
+        )
+    };
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let root = rustix::fs::open(layer, flags, Mode::empty()).map_err(failed)?;
     let tree = rooted::Rooted::new(root);
     // The deepest first: nothing below changes a time any more.
     for path in implied.iter().rev() {
-        let Some(original) = below.directory(path).map_err(failed)? else { continue };
+        let Some(original) = below.directory(path).map_err(failed)? else {
+            continue;
+        };
         let stat = rustix::fs::fstat(&*original).map_err(failed)?;
         let copy = tree.open_readable(path)?;
         let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
         rustix::fs::fchown(&copy, Some(uid), Some(gid)).map_err(failed)?;
         rustix::fs::fchmod(&copy, Mode::from_raw_mode(stat.st_mode & 0o7777)).map_err(failed)?;
-        let time = rustix::fs::Timespec { tv_sec: stat.st_mtime, tv_nsec: stat.st_mtime_nsec as _ };
-        let times = rustix::fs::Timestamps { last_access: time, last_modification: time };
+        let time = rustix::fs::Timespec {
+            tv_sec: stat.st_mtime,
+            tv_nsec: stat.st_mtime_nsec as _,
+        };
+        let times = rustix::fs::Timestamps {
+            last_access: time,
+            last_modification: time,
+        };
         rustix::fs::futimens(&copy, &times).map_err(failed)?;
     }
     Ok(())

@@ -27,7 +27,10 @@ const MAX_LINKS: usize = 40;
 /// Marks a directory that hides what lower layers have below it.
 pub(crate) const OPAQUE: &str = "trusted.overlay.opaque";
 
-const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC).union(OFlags::NOFOLLOW);
+const DIRECTORY: OFlags = OFlags::PATH
+    .union(OFlags::DIRECTORY)
+    .union(OFlags::CLOEXEC)
+    .union(OFlags::NOFOLLOW);
 
 /// A layer's directory.
 pub(crate) struct Rooted {
@@ -49,7 +52,10 @@ pub(crate) struct Parent {
 pub(crate) fn components(name: &[u8]) -> Result<Vec<&[u8]>> {
     let shown = || String::from_utf8_lossy(&name[..name.len().min(200)]).into_owned();
     if name.len() > MAX_PATH || name.contains(&0) {
-        return Err(hostile(format!("path {:?} is longer than {MAX_PATH} bytes or holds a zero byte", shown())));
+        return Err(hostile(format!(
+            "path {:?} is longer than {MAX_PATH} bytes or holds a zero byte",
+            shown()
+        )));
     }
     let mut parts = Vec::new();
     for part in name.split(|byte| *byte == b'/') {
@@ -57,24 +63,37 @@ pub(crate) fn components(name: &[u8]) -> Result<Vec<&[u8]>> {
             b"" | b"." => {}
             b".." => return Err(hostile(format!("path {:?} holds \"..\"", shown()))),
             part if part.len() > MAX_NAME => {
-                return Err(hostile(format!("path {:?} has a name longer than {MAX_NAME} bytes", shown())));
+                return Err(hostile(format!(
+                    "path {:?} has a name longer than {MAX_NAME} bytes",
+                    shown()
+                )));
             }
             part => parts.push(part),
         }
     }
     if parts.len() > MAX_DEPTH {
-        return Err(hostile(format!("path {:?} is deeper than {MAX_DEPTH} directories", shown())));
+        return Err(hostile(format!(
+            "path {:?} is deeper than {MAX_DEPTH} directories",
+            shown()
+        )));
     }
     Ok(parts)
 }
 
 pub(crate) fn join(parent: &[u8], name: &[u8]) -> Vec<u8> {
-    if parent.is_empty() { name.to_vec() } else { [parent, b"/", name].concat() }
+    if parent.is_empty() {
+        name.to_vec()
+    } else {
+        [parent, b"/", name].concat()
+    }
 }
 
 /// An errno with the path it is about.
 pub(crate) fn failed(what: &str, path: &[u8], errno: Errno) -> Error {
-    Error::io(format!("{what} {:?} of a layer", String::from_utf8_lossy(path)), errno)
+    Error::io(
+        format!("{what} {:?} of a layer", String::from_utf8_lossy(path)),
+        errno,
+    )
 }
 
 /// A character device 0:0, overlayfs's mark of a removed name.
@@ -84,7 +103,11 @@ pub(crate) fn is_whiteout(stat: &rustix::fs::Stat) -> bool {
 
 impl Rooted {
     pub(crate) fn new(root: OwnedFd) -> Self {
-        Self { root, cached: None, implied: BTreeSet::new() }
+        Self {
+            root,
+            cached: None,
+            implied: BTreeSet::new(),
+        }
     }
 
     /// The directory of `parts`, made where it is missing.
@@ -96,7 +119,10 @@ impl Rooted {
             return Ok(Parent { fd: fd.clone(), path });
         }
         let parent = match self.open_real(&path) {
-            Ok(fd) => Parent { fd: Rc::new(fd), path: path.clone() },
+            Ok(fd) => Parent {
+                fd: Rc::new(fd),
+                path: path.clone(),
+            },
             Err(Errno::NOENT | Errno::LOOP | Errno::NOTDIR) => self.walk(parts, true)?,
             Err(errno) => return Err(failed("open directory", &path, errno)),
         };
@@ -111,7 +137,10 @@ impl Rooted {
     pub(crate) fn existing_directory(&mut self, parts: &[&[u8]]) -> Result<Parent> {
         let path = parts.join(&b'/');
         match self.open_real(&path) {
-            Ok(fd) => Ok(Parent { fd: Rc::new(fd), path }),
+            Ok(fd) => Ok(Parent {
+                fd: Rc::new(fd),
+                path,
+            }),
             Err(Errno::NOENT | Errno::LOOP | Errno::NOTDIR) => self.walk(parts, false),
             Err(errno) => Err(failed("open directory", &path, errno)),
         }
@@ -122,7 +151,13 @@ impl Rooted {
         let path: &[u8] = if path.is_empty() { b"." } else { path };
         let flags = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
         loop {
-            match rustix::fs::openat2(&self.root, OsStr::from_bytes(path), DIRECTORY, Mode::empty(), flags) {
+            match rustix::fs::openat2(
+                &self.root,
+                OsStr::from_bytes(path),
+                DIRECTORY,
+                Mode::empty(),
+                flags,
+            ) {
                 // The kernel asks for another try when a rename elsewhere raced with the walk.
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 other => return other,
@@ -141,7 +176,9 @@ impl Rooted {
                 b".." => {
                     if real.pop().is_none() {
                         let shown = String::from_utf8_lossy(&asked).into_owned();
-                        return Err(hostile(format!("path {shown:?} leaves the layer through a symbolic link")));
+                        return Err(hostile(format!(
+                            "path {shown:?} leaves the layer through a symbolic link"
+                        )));
                     }
                     continue;
                 }
@@ -152,21 +189,29 @@ impl Rooted {
             if path.len() > MAX_PATH || real.len() >= MAX_DEPTH {
                 return Err(hostile("a path through symbolic links is too deep"));
             }
-            let directory = self.open_real(&here).map_err(|errno| failed("open directory", &here, errno))?;
+            let directory = self
+                .open_real(&here)
+                .map_err(|errno| failed("open directory", &here, errno))?;
             match rustix::fs::statat(&directory, OsStr::from_bytes(&name), AtFlags::SYMLINK_NOFOLLOW) {
                 Err(Errno::NOENT) if create => self.make_implied(&directory, &name, &path, false)?,
                 Err(Errno::NOENT) => {
                     let shown = String::from_utf8_lossy(&path).into_owned();
-                    return Err(hostile(format!("a hard link to {shown:?}, which the layer does not have")));
+                    return Err(hostile(format!(
+                        "a hard link to {shown:?}, which the layer does not have"
+                    )));
                 }
                 Err(errno) => return Err(failed("look up", &path, errno)),
-                Ok(stat) if is_whiteout(&stat) && create => self.make_implied(&directory, &name, &path, true)?,
+                Ok(stat) if is_whiteout(&stat) && create => {
+                    self.make_implied(&directory, &name, &path, true)?
+                }
                 Ok(stat) => match FileType::from_raw_mode(stat.st_mode) {
                     FileType::Directory => {}
                     FileType::Symlink => {
                         links += 1;
                         if links > MAX_LINKS {
-                            return Err(hostile(format!("more than {MAX_LINKS} symbolic links in one path")));
+                            return Err(hostile(format!(
+                                "more than {MAX_LINKS} symbolic links in one path"
+                            )));
                         }
                         let target = rustix::fs::readlinkat(&directory, OsStr::from_bytes(&name), Vec::new())
                             .map_err(|errno| failed("read link", &path, errno))?
@@ -188,14 +233,20 @@ impl Rooted {
             real.push(name);
         }
         let path = real.join(&b'/');
-        let fd = self.open_real(&path).map_err(|errno| failed("open directory", &path, errno))?;
-        Ok(Parent { fd: Rc::new(fd), path })
+        let fd = self
+            .open_real(&path)
+            .map_err(|errno| failed("open directory", &path, errno))?;
+        Ok(Parent {
+            fd: Rc::new(fd),
+            path,
+        })
     }
 
     fn make_implied(&mut self, directory: &OwnedFd, name: &[u8], path: &[u8], whiteout: bool) -> Result<()> {
         let os_name = OsStr::from_bytes(name);
         if whiteout {
-            rustix::fs::unlinkat(directory, os_name, AtFlags::empty()).map_err(|e| failed("replace", path, e))?;
+            rustix::fs::unlinkat(directory, os_name, AtFlags::empty())
+                .map_err(|e| failed("replace", path, e))?;
         }
         rustix::fs::mkdirat(directory, os_name, Mode::from_raw_mode(0o755))
             .map_err(|errno| failed("make directory", path, errno))?;
@@ -210,9 +261,16 @@ impl Rooted {
 
     /// A directory opened by its real path such that its attributes can be set.
     pub(crate) fn open_readable(&self, path: &[u8]) -> Result<OwnedFd> {
-        let directory = self.open_real(path).map_err(|errno| failed("open directory", path, errno))?;
-        rustix::fs::openat(&directory, c".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-            .map_err(|errno| failed("open directory", path, errno))
+        let directory = self
+            .open_real(path)
+            .map_err(|errno| failed("open directory", path, errno))?;
+        rustix::fs::openat(
+            &directory,
+            c".",
+            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .map_err(|errno| failed("open directory", path, errno))
     }
 
     /// Removes a name whatever it is; the name is known to exist.
@@ -221,9 +279,11 @@ impl Rooted {
         if is_directory {
             // A directory handed out before may lie below.
             self.cached = None;
-            remove_tree(parent.fd.as_fd(), OsStr::from_bytes(name)).map_err(|e| failed("replace", &path, e))?;
+            remove_tree(parent.fd.as_fd(), OsStr::from_bytes(name))
+                .map_err(|e| failed("replace", &path, e))?;
             let below = [path.as_slice(), b"/"].concat();
-            self.implied.retain(|implied| *implied != path && !implied.starts_with(&below));
+            self.implied
+                .retain(|implied| *implied != path && !implied.starts_with(&below));
             return Ok(());
         }
         rustix::fs::unlinkat(&parent.fd, OsStr::from_bytes(name), AtFlags::empty())

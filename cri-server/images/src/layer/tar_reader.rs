@@ -58,7 +58,11 @@ struct Extensions {
 
 impl Extensions {
     fn last(&self, key: &[u8]) -> Option<&[u8]> {
-        self.records.iter().rev().find(|(name, _)| name == key).map(|(_, value)| value.as_slice())
+        self.records
+            .iter()
+            .rev()
+            .find(|(name, _)| name == key)
+            .map(|(_, value)| value.as_slice())
     }
 
     fn number(&self, key: &[u8]) -> Result<Option<u64>> {
@@ -78,12 +82,20 @@ pub(crate) struct TarReader<R> {
 
 impl<R: Read> TarReader<R> {
     pub(crate) fn new(input: R, max_headers: u64) -> Self {
-        Self { input, data: 0, padding: 0, headers: 0, max_headers }
+        Self {
+            input,
+            data: 0,
+            padding: 0,
+            headers: 0,
+            max_headers,
+        }
     }
 
     /// Reads what follows the archive's end, so that the digests below see every byte.
     pub(crate) fn drain(&mut self) -> Result<()> {
-        io::copy(&mut self.input, &mut io::sink()).map(drop).map_err(input_error)
+        io::copy(&mut self.input, &mut io::sink())
+            .map(drop)
+            .map_err(input_error)
     }
 
     pub(crate) fn next_entry(&mut self) -> Result<Option<Entry>> {
@@ -101,7 +113,9 @@ impl<R: Read> TarReader<R> {
             }
             let header = Header::from_byte_slice(&block);
             check_sum(header, &block)?;
-            let size = header.entry_size().map_err(|_| hostile("an entry's size is not a number"))?;
+            let size = header
+                .entry_size()
+                .map_err(|_| hostile("an entry's size is not a number"))?;
             match header.entry_type() {
                 EntryType::XHeader => extensions.records = parse_pax(&self.extension(size)?)?,
                 EntryType::XGlobalHeader => drop(self.extension(size)?),
@@ -125,7 +139,10 @@ impl<R: Read> TarReader<R> {
         let link = match (extensions.last(b"linkpath"), long_link) {
             (Some(link), _) => link.to_vec(),
             (None, Some(link)) => link,
-            (None, None) => header.link_name_bytes().map(|link| link.into_owned()).unwrap_or_default(),
+            (None, None) => header
+                .link_name_bytes()
+                .map(|link| link.into_owned())
+                .unwrap_or_default(),
         };
         let kind = match header.entry_type() {
             // Before POSIX a directory was a file whose name ends in a slash.
@@ -137,7 +154,12 @@ impl<R: Read> TarReader<R> {
             EntryType::Block => Kind::Block,
             EntryType::Directory => Kind::Directory,
             EntryType::Fifo => Kind::Fifo,
-            other => return Err(hostile(format!("entry type {:?} is not known", char::from(other.as_byte())))),
+            other => {
+                return Err(hostile(format!(
+                    "entry type {:?} is not known",
+                    char::from(other.as_byte())
+                )));
+            }
         };
         let mut size = stored;
         let sparse = if header.entry_type() == EntryType::GNUSparse {
@@ -170,12 +192,21 @@ impl<R: Read> TarReader<R> {
         };
         let mtime = match extensions.last(b"mtime") {
             Some(text) => parse_time(text)?,
-            None => (i64::try_from(header.mtime().map_err(|_| field("mtime"))?).unwrap_or(0), 0),
+            None => (
+                i64::try_from(header.mtime().map_err(|_| field("mtime"))?).unwrap_or(0),
+                0,
+            ),
         };
         let device = if matches!(kind, Kind::Char | Kind::Block) {
             (
-                header.device_major().map_err(|_| field("device number"))?.unwrap_or(0),
-                header.device_minor().map_err(|_| field("device number"))?.unwrap_or(0),
+                header
+                    .device_major()
+                    .map_err(|_| field("device number"))?
+                    .unwrap_or(0),
+                header
+                    .device_minor()
+                    .map_err(|_| field("device number"))?
+                    .unwrap_or(0),
             )
         } else {
             (0, 0)
@@ -186,7 +217,19 @@ impl<R: Read> TarReader<R> {
             .filter_map(|(key, value)| Some((key.strip_prefix(b"SCHILY.xattr.")?.to_vec(), value)))
             .collect();
         let mode = header.mode().map_err(|_| field("mode"))? & 0o7777;
-        Ok(Entry { path, link, kind, mode, uid: id(uid)?, gid: id(gid)?, mtime, size, device, xattrs, sparse })
+        Ok(Entry {
+            path,
+            link,
+            kind,
+            mode,
+            uid: id(uid)?,
+            gid: id(gid)?,
+            mtime,
+            size,
+            device,
+            xattrs,
+            sparse,
+        })
     }
 
     fn begin_data(&mut self, size: u64) -> Result<()> {
@@ -200,7 +243,9 @@ impl<R: Read> TarReader<R> {
 
     fn extension(&mut self, size: u64) -> Result<Vec<u8>> {
         if size > MAX_EXTENSION {
-            return Err(hostile(format!("an extension record of {size} bytes (at most {MAX_EXTENSION})")));
+            return Err(hostile(format!(
+                "an extension record of {size} bytes (at most {MAX_EXTENSION})"
+            )));
         }
         self.begin_data(size)?;
         let mut bytes = vec![0; size as usize];
@@ -212,7 +257,9 @@ impl<R: Read> TarReader<R> {
     /// The map of the old GNU format: four areas in the header, then blocks of 21 while the flag says so.
     fn gnu_sparse(&mut self, header: &Header) -> Result<(Vec<(u64, u64)>, u64)> {
         let bad = |_| hostile("a sparse map that is no numbers");
-        let header = header.as_gnu().ok_or_else(|| hostile("a sparse entry without a GNU header"))?;
+        let header = header
+            .as_gnu()
+            .ok_or_else(|| hostile("a sparse entry without a GNU header"))?;
         let mut areas = Vec::new();
         let mut push = |block: &tar::GnuSparseHeader| -> Result<()> {
             if !block.is_empty() {
@@ -242,7 +289,10 @@ impl<R: Read> TarReader<R> {
 
     /// The maps of the PAX formats 0.0, 0.1 (in the records) and 1.0 (before the data, counted in its size).
     #[allow(clippy::type_complexity)]
-    fn pax_sparse(&mut self, extensions: &Extensions) -> Result<Option<(Vec<(u64, u64)>, u64, Option<Vec<u8>>)>> {
+    fn pax_sparse(
+        &mut self,
+        extensions: &Extensions,
+    ) -> Result<Option<(Vec<(u64, u64)>, u64, Option<Vec<u8>>)>> {
         let real = match extensions.number(b"GNU.sparse.realsize")? {
             Some(real) => Some(real),
             None => extensions.number(b"GNU.sparse.size")?,
@@ -276,7 +326,7 @@ impl<R: Read> TarReader<R> {
                 return Ok(None);
             }
         }
-        if numbers.len() % 2 != 0 {
+        if !numbers.len().is_multiple_of(2) {
             return Err(hostile("a sparse map with an offset but no length"));
         }
         let real = real.ok_or_else(|| hostile("a sparse file without its real size"))?;
@@ -302,7 +352,11 @@ impl<R: Read> TarReader<R> {
 
     fn skip(&mut self, bytes: u64) -> Result<()> {
         let skipped = io::copy(&mut self.input.by_ref().take(bytes), &mut io::sink()).map_err(input_error)?;
-        if skipped == bytes { Ok(()) } else { Err(hostile("the archive ends inside an entry")) }
+        if skipped == bytes {
+            Ok(())
+        } else {
+            Err(hostile("the archive ends inside an entry"))
+        }
     }
 
     /// False at a clean end of the stream.
@@ -353,10 +407,16 @@ pub(crate) fn input_error(error: io::Error) -> Error {
 }
 
 fn check_sum(header: &Header, block: &[u8; BLOCK as usize]) -> Result<()> {
-    let expected = header.cksum().map_err(|_| hostile("a header's checksum is not a number"))?;
+    let expected = header
+        .cksum()
+        .map_err(|_| hostile("a header's checksum is not a number"))?;
     let sum = |from: usize, to: usize| block[from..to].iter().map(|byte| u32::from(*byte)).sum::<u32>();
     let actual = sum(0, 148) + 8 * u32::from(b' ') + sum(156, 512);
-    if expected == actual { Ok(()) } else { Err(hostile("a header's checksum is wrong")) }
+    if expected == actual {
+        Ok(())
+    } else {
+        Err(hostile("a header's checksum is wrong"))
+    }
 }
 
 fn until_nul(mut bytes: Vec<u8>) -> Vec<u8> {
@@ -378,8 +438,13 @@ fn parse_pax(mut bytes: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
     let bad = || hostile("a PAX record that does not parse");
     let mut records = Vec::new();
     while !bytes.is_empty() && bytes[0] != 0 {
-        let space = bytes.iter().take(20).position(|byte| *byte == b' ').ok_or_else(bad)?;
-        let length = usize::try_from(decimal(&bytes[..space], b"a PAX record's length")?).map_err(|_| bad())?;
+        let space = bytes
+            .iter()
+            .take(20)
+            .position(|byte| *byte == b' ')
+            .ok_or_else(bad)?;
+        let length =
+            usize::try_from(decimal(&bytes[..space], b"a PAX record's length")?).map_err(|_| bad())?;
         if length <= space + 1 || length > bytes.len() || bytes[length - 1] != b'\n' {
             return Err(bad());
         }
@@ -456,7 +521,9 @@ mod tests {
     fn extension_records_are_bounded() {
         let endless = header("x", EntryType::XHeader, 1 << 40);
         assert!(refusal(endless.as_bytes()).contains("extension record of 1099511627776 bytes"));
-        let many: Vec<u8> = (0..20).flat_map(|_| *header("f", EntryType::Regular, 0).as_bytes()).collect();
+        let many: Vec<u8> = (0..20)
+            .flat_map(|_| *header("f", EntryType::Regular, 0).as_bytes())
+            .collect();
         assert!(refusal(&many).contains("more than 10 entries"));
     }
 
@@ -472,7 +539,10 @@ mod tests {
 
     #[test]
     fn pax_records_and_times_are_parsed() {
-        assert_eq!(parse_pax(b"12 path=abc\n").unwrap(), [(b"path".to_vec(), b"abc".to_vec())]);
+        assert_eq!(
+            parse_pax(b"12 path=abc\n").unwrap(),
+            [(b"path".to_vec(), b"abc".to_vec())]
+        );
         for bad in [&b"11 path=abc\n"[..], b"99 path=abc\n", b"x", b"5 a=b", b"4 ab\n"] {
             assert!(parse_pax(bad).is_err(), "{bad:?}");
         }

@@ -70,7 +70,11 @@ impl Archive {
 }
 
 fn expected(blob: &[u8], plain: &[u8]) -> Expected {
-    Expected { blob: Digest::sha256(blob), size: blob.len() as u64, diff_id: Digest::sha256(plain) }
+    Expected {
+        blob: Digest::sha256(blob),
+        size: blob.len() as u64,
+        diff_id: Digest::sha256(plain),
+    }
 }
 
 /// A directory with the layer at `layer` and, beside it, something that must not change.
@@ -168,11 +172,21 @@ fn every_kind_of_entry_is_unpacked_as_it_is() {
         ])
         .file("bin/ping", "ping");
     let unpacked = place.unpack(&archive.bytes()).unwrap();
-    assert_eq!(unpacked, Unpacked { implied: vec![], opaque_root: false, empty: false });
+    assert_eq!(
+        unpacked,
+        Unpacked {
+            implied: vec![],
+            opaque_root: false,
+            empty: false
+        }
+    );
     let at = |name: &str| place.layer().join(name);
     assert_eq!(stat(at("")).mode() & 0o7777, 0o711);
     let su = stat(at("bin/su"));
-    assert_eq!((su.uid(), su.gid(), su.mode() & 0o7777, su.mtime()), (1000, 2000, 0o4755, 1_000_000));
+    assert_eq!(
+        (su.uid(), su.gid(), su.mode() & 0o7777, su.mtime()),
+        (1000, 2000, 0o4755, 1_000_000)
+    );
     assert_eq!(su.ino(), stat(at("bin/su2")).ino());
     assert_eq!(std::fs::read_link(at("sh")).unwrap(), Path::new("/bin/su"));
     assert_eq!(stat(at("sh")).mtime(), 1_000_000);
@@ -180,7 +194,11 @@ fn every_kind_of_entry_is_unpacked_as_it_is() {
     assert_eq!(stat(at("tty")).rdev(), rustix::fs::makedev(4, 7));
     assert!(stat(at("pipe")).file_type().is_fifo());
     assert_eq!(stat(at("tmp")).permissions().mode() & 0o7777, 0o1777);
-    assert_eq!(stat(at("bin")).mtime(), 1_000_000, "a directory's time survives its entries");
+    assert_eq!(
+        stat(at("bin")).mtime(),
+        1_000_000,
+        "a directory's time survives its entries"
+    );
     let ping = stat(at("bin/ping"));
     assert_eq!((ping.mtime(), ping.mtime_nsec()), (123, 250_000_000));
     let mut value = [0u8; 32];
@@ -209,12 +227,24 @@ fn whiteouts_become_what_overlayfs_understands() {
     let at = |name: &str| place.layer().join(name);
     assert!(is_hidden(&at("a/gone")));
     assert!(is_opaque(&at("b")) && at("b/kept").exists() && !at("b/.wh..wh..opq").exists());
-    assert!(is_opaque(&at("c/d")) && at("c/d/new").exists(), "hidden below, made anew");
-    assert!(is_opaque(&at("e")) && at("e/new").exists(), "made first, hidden below after");
+    assert!(
+        is_opaque(&at("c/d")) && at("c/d/new").exists(),
+        "hidden below, made anew"
+    );
+    assert!(
+        is_opaque(&at("e")) && at("e/new").exists(),
+        "made first, hidden below after"
+    );
     assert!(!is_opaque(&at("a")) && !at(".wh..wh.plnk").exists());
-    let implied: Vec<String> = unpacked.implied.iter().map(|p| String::from_utf8_lossy(p).into()).collect();
+    let implied: Vec<String> = unpacked
+        .implied
+        .iter()
+        .map(|p| String::from_utf8_lossy(p).into())
+        .collect();
     assert_eq!(implied, ["", "c", "c/d", "e"]);
-    let root = Place::new().unpack(&Archive::new().file(".wh..wh..opq", "").bytes()).unwrap();
+    let root = Place::new()
+        .unpack(&Archive::new().file(".wh..wh..opq", "").bytes())
+        .unwrap();
     assert!(root.opaque_root);
 }
 
@@ -231,7 +261,10 @@ fn names_count_from_the_layers_root_and_links_stay_inside() {
         .link("hard", "/etc/absolute");
     place.unpack(&archive.bytes()).unwrap();
     let read = |name: &str| std::fs::read_to_string(place.layer().join(name)).unwrap();
-    assert_eq!((read("etc/absolute"), read("usr/lib/through")), ("1".into(), "2".into()));
+    assert_eq!(
+        (read("etc/absolute"), read("usr/lib/through")),
+        ("1".into(), "2".into())
+    );
     assert_eq!((read("var/through"), read("hard")), ("3".into(), "1".into()));
     assert_eq!(place.outside(), before);
 }
@@ -252,8 +285,17 @@ fn the_last_entry_of_a_name_wins() {
     place.unpack(&archive.bytes()).unwrap();
     assert!(stat(place.layer().join("d")).is_symlink());
     assert_eq!(std::fs::read(place.layer().join("f/x")).unwrap(), b"new");
-    assert_eq!(std::fs::read(place.layer().join("h")).unwrap(), b"shared", "no write through a hard link");
-    assert_eq!(std::fs::read_dir(place.dir.path().join("outdir")).unwrap().count(), 0);
+    assert_eq!(
+        std::fs::read(place.layer().join("h")).unwrap(),
+        b"shared",
+        "no write through a hard link"
+    );
+    assert_eq!(
+        std::fs::read_dir(place.dir.path().join("outdir"))
+            .unwrap()
+            .count(),
+        0
+    );
 }
 
 #[test]
@@ -262,13 +304,25 @@ fn hostile_archives_are_refused() {
     for (archive, reason) in [
         (file().file("../outside", "x"), "\"..\""),
         (file().file("a/../../outside", "x"), "\"..\""),
-        (file().symlink("s", "../..").file("s/outside", "x"), "leaves the layer"),
-        (file().symlink("s", "../outdir").file("s/x", "x"), "leaves the layer"),
-        (file().symlink("a", "b").symlink("b", "a").file("a/x", "x"), "symbolic links in one path"),
+        (
+            file().symlink("s", "../..").file("s/outside", "x"),
+            "leaves the layer",
+        ),
+        (
+            file().symlink("s", "../outdir").file("s/x", "x"),
+            "leaves the layer",
+        ),
+        (
+            file().symlink("a", "b").symlink("b", "a").file("a/x", "x"),
+            "symbolic links in one path",
+        ),
         (file().link("l", "../outside"), "\"..\""),
         (file().link("l", "missing"), "does not have"),
         (file().dir("d", 0o755).link("l", "d"), "no file"),
-        (file().symlink("s", "../").link("l", "s/outside"), "leaves the layer"),
+        (
+            file().symlink("s", "../").link("l", "s/outside"),
+            "leaves the layer",
+        ),
         (file().file("f", "x").link("f", "f"), "to itself"),
         (file().file("f", "x").file("f/x", "x"), "used as a directory"),
         (file().file("a/.wh...", "x"), "whiteout"),
@@ -276,13 +330,36 @@ fn hostile_archives_are_refused() {
         (file().symlink("s", ""), "target"),
         (file().file("./", "x"), ""),
         (file().pax(&[("path", &b"a\0b"[..])]).file("x", ""), "zero byte"),
-        (file().pax(&[("path", "n".repeat(300).as_bytes())]).file("x", ""), "longer than 255"),
-        (file().pax(&[("path", "d/".repeat(300).as_bytes())]).dir("x", 0o755), "deeper than 255"),
-        (file().pax(&[("path", "dir/".repeat(2000).as_bytes())]).dir("x", 0o755), "longer than 4095"),
-        (file().pax(&[("size", &b"9223372036854775807"[..])]).file("x", ""), "63 bits"),
-        (file().pax(&[("uid", &b"4294967296"[..])]).file("x", ""), "32 bits"),
+        (
+            file().pax(&[("path", "n".repeat(300).as_bytes())]).file("x", ""),
+            "longer than 255",
+        ),
+        (
+            file()
+                .pax(&[("path", "d/".repeat(300).as_bytes())])
+                .dir("x", 0o755),
+            "deeper than 255",
+        ),
+        (
+            file()
+                .pax(&[("path", "dir/".repeat(2000).as_bytes())])
+                .dir("x", 0o755),
+            "longer than 4095",
+        ),
+        (
+            file().pax(&[("size", &b"9223372036854775807"[..])]).file("x", ""),
+            "63 bits",
+        ),
+        (
+            file().pax(&[("uid", &b"4294967296"[..])]).file("x", ""),
+            "32 bits",
+        ),
     ] {
-        let said = if reason.is_empty() { continue } else { refusal(&archive.bytes()) };
+        let said = if reason.is_empty() {
+            continue;
+        } else {
+            refusal(&archive.bytes())
+        };
         assert!(said.contains(reason), "{reason}: {said}");
     }
 }
@@ -294,14 +371,22 @@ fn depth_through_links_is_bounded() {
     let mut archive = Archive::new().pax(&[("path", deep.as_bytes())]).dir("x", 0o755);
     archive = archive.pax(&[("linkpath", deep.as_bytes())]).symlink("s", "x");
     let through = format!("s/{deep}");
-    let archive = archive.pax(&[("path", through.as_bytes())]).dir("x", 0o755).bytes();
+    let archive = archive
+        .pax(&[("path", through.as_bytes())])
+        .dir("x", 0o755)
+        .bytes();
     assert!(refusal(&archive).contains("too deep"));
 }
 
 #[test]
 fn sizes_and_counts_are_bounded() {
-    let limits = Limits { entries: 3, bytes: 1 << 20 };
-    let many = (0..5).fold(Archive::new(), |archive, n| archive.file(&format!("f{n}"), "")).bytes();
+    let limits = Limits {
+        entries: 3,
+        bytes: 1 << 20,
+    };
+    let many = (0..5)
+        .fold(Archive::new(), |archive, n| archive.file(&format!("f{n}"), ""))
+        .bytes();
     let said = Place::new().unpack_within(&many, limits).unwrap_err().to_string();
     assert!(said.contains("more than 3 entries"), "{said}");
     // A bomb: over a megabyte of zeros in a few bytes.
@@ -312,14 +397,20 @@ fn sizes_and_counts_are_bounded() {
     let gzip = gzip.finish().unwrap();
     let place = Place::new();
     let error = unpack_blob(&gzip[..], &expected(&gzip, &plain), &place.layer(), limits).unwrap_err();
-    assert!(matches!(&error, Error::Hostile(what) if what.contains("larger than")), "{error:?}");
+    assert!(
+        matches!(&error, Error::Hostile(what) if what.contains("larger than")),
+        "{error:?}"
+    );
     // A hole of a terabyte costs nothing and is refused all the same.
     let mut header = Archive::header(EntryType::GNUSparse, 0, 0o644);
     header.as_gnu_mut().unwrap().set_real_size(1 << 40);
     Archive::name(&mut header, "hole", "");
     let mut archive = Archive::new();
     archive.0.append(&header, &b""[..]).unwrap();
-    let said = Place::new().unpack_within(&archive.bytes(), limits).unwrap_err().to_string();
+    let said = Place::new()
+        .unpack_within(&archive.bytes(), limits)
+        .unwrap_err()
+        .to_string();
     assert!(said.contains("1099511627776"), "{said}");
 }
 
@@ -343,15 +434,29 @@ fn all_compressions_and_wrong_digests() {
     let zstd = zstd::encode_all(&plain[..], 3).unwrap();
     for blob in [&plain, &gzip, &split, &zstd] {
         let place = Place::new();
-        unpack_blob(&blob[..], &expected(blob, &plain), &place.layer(), Limits::default()).unwrap();
+        unpack_blob(
+            &blob[..],
+            &expected(blob, &plain),
+            &place.layer(),
+            Limits::default(),
+        )
+        .unwrap();
         assert_eq!(stat(place.layer().join("f")).len(), 50_000);
         for wrong in [expected(b"other", &plain), expected(blob, b"other")] {
-            let wrong = Expected { size: blob.len() as u64, ..wrong };
+            let wrong = Expected {
+                size: blob.len() as u64,
+                ..wrong
+            };
             let error = unpack_blob(&blob[..], &wrong, &Place::new().layer(), Limits::default()).unwrap_err();
             assert!(matches!(error, Error::DigestMismatch { .. }), "{error:?}");
         }
         let short = &blob[..blob.len() / 2];
-        let error = unpack_blob(short, &expected(blob, &plain), &Place::new().layer(), Limits::default());
+        let error = unpack_blob(
+            short,
+            &expected(blob, &plain),
+            &Place::new().layer(),
+            Limits::default(),
+        );
         assert!(matches!(error, Err(Error::DigestMismatch { .. })), "{error:?}");
     }
 }
@@ -386,31 +491,53 @@ fn sparse_and_long_names_of_real_tar_are_read() {
             .arg(".")
             .output()
             .unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         assert!(output.stdout.len() < 5_000_000, "tar found the holes");
         let place = Place::new();
         place.unpack(&output.stdout).unwrap();
-        assert!(std::fs::read(place.layer().join("sparse")).unwrap() == content, "{format:?}");
+        assert!(
+            std::fs::read(place.layer().join("sparse")).unwrap() == content,
+            "{format:?}"
+        );
         assert!(stat(place.layer().join("sparse")).blocks() * 512 < 5_000_000);
         assert_eq!(std::fs::read(place.layer().join(&long)).unwrap(), b"long");
-        assert_eq!(std::fs::read_link(place.layer().join("link")).unwrap(), Path::new(&"t".repeat(200)));
+        assert_eq!(
+            std::fs::read_link(place.layer().join("link")).unwrap(),
+            Path::new(&"t".repeat(200))
+        );
     }
 }
 
 #[test]
 fn undescribed_directories_are_those_of_the_layers_below() {
     let (lower, upper) = (Place::new(), Place::new());
-    let archive = Archive::new().dir("./", 0o711).dir("tmp", 0o1777).symlink("etc/mtab", "../tmp/x").file("tmp/x", "1");
+    let archive = Archive::new()
+        .dir("./", 0o711)
+        .dir("tmp", 0o1777)
+        .symlink("etc/mtab", "../tmp/x")
+        .file("tmp/x", "1");
     lower.unpack(&archive.bytes()).unwrap();
-    let unpacked = upper.unpack(&Archive::new().file("tmp/new", "2").file("own/new", "3").bytes()).unwrap();
+    let unpacked = upper
+        .unpack(&Archive::new().file("tmp/new", "2").file("own/new", "3").bytes())
+        .unwrap();
     let below = Merged::open([lower.layer().as_path()]).unwrap();
     inherit(&upper.layer(), &unpacked.implied, &below).unwrap();
     let mode = |name: &str| stat(upper.layer().join(name)).mode() & 0o7777;
     assert_eq!((mode(""), mode("tmp"), mode("own")), (0o711, 0o1777, 0o755));
     assert_eq!(stat(upper.layer().join("tmp")).mtime(), 1_000_000);
     let merged = Merged::open([upper.layer().as_path(), lower.layer().as_path()]).unwrap();
-    assert_eq!(merged.read_file("/etc/mtab", 10).unwrap().as_deref(), Some(&b"1"[..]));
-    assert_eq!(merged.read_file("../../tmp/new", 10).unwrap().as_deref(), Some(&b"2"[..]));
+    assert_eq!(
+        merged.read_file("/etc/mtab", 10).unwrap().as_deref(),
+        Some(&b"1"[..])
+    );
+    assert_eq!(
+        merged.read_file("../../tmp/new", 10).unwrap().as_deref(),
+        Some(&b"2"[..])
+    );
     assert_eq!(merged.read_file("tmp", 10).unwrap(), None);
     assert_eq!(merged.read_file("tmp/x/y", 10).unwrap(), None);
     assert!(merged.read_file("own/new", 0).is_err());
@@ -429,7 +556,14 @@ fn the_union_hides_what_is_whited_out_and_never_leaves_the_image() {
                 .bytes(),
         )
         .unwrap();
-    upper.unpack(&Archive::new().file(".wh.gone", "").file("dir/.wh..wh..opq", "").bytes()).unwrap();
+    upper
+        .unpack(
+            &Archive::new()
+                .file(".wh.gone", "")
+                .file("dir/.wh..wh..opq", "")
+                .bytes(),
+        )
+        .unwrap();
     let merged = Merged::open([upper.layer().as_path(), lower.layer().as_path()]).unwrap();
     for path in ["gone", "dir/old", "abs", "evil"] {
         assert_eq!(merged.read_file(path, 10).unwrap(), None, "{path}");

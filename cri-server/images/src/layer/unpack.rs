@@ -27,7 +27,10 @@ pub(crate) struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { entries: 8_000_000, bytes: 256 << 30 }
+        Self {
+            entries: 8_000_000,
+            bytes: 256 << 30,
+        }
     }
 }
 
@@ -62,8 +65,13 @@ pub(crate) fn unpack(input: impl Read, root: OwnedFd, limits: Limits) -> Result<
     let mut reader = TarReader::new(input, limits.entries);
     let mut tree = Rooted::new(root);
     tree.implied.insert(Vec::new());
-    let mut unpacker =
-        Unpacker { tree, limits, opaque_root: false, times: BTreeMap::new(), buffer: vec![0; 128 * 1024] };
+    let mut unpacker = Unpacker {
+        tree,
+        limits,
+        opaque_root: false,
+        times: BTreeMap::new(),
+        buffer: vec![0; 128 * 1024],
+    };
     let mut empty = true;
     while let Some(entry) = reader.next_entry()? {
         empty = false;
@@ -72,7 +80,11 @@ pub(crate) fn unpack(input: impl Read, root: OwnedFd, limits: Limits) -> Result<
     reader.drain()?;
     unpacker.finish_times()?;
     let implied = unpacker.tree.implied.into_iter().collect();
-    Ok(Unpacked { implied, opaque_root: unpacker.opaque_root, empty })
+    Ok(Unpacked {
+        implied,
+        opaque_root: unpacker.opaque_root,
+        empty,
+    })
 }
 
 impl Unpacker {
@@ -93,7 +105,10 @@ impl Unpacker {
         let parent = self.tree.directory(above)?;
         if let Some(hidden) = name.strip_prefix(WHITEOUT) {
             if matches!(hidden, b"" | b"." | b"..") {
-                return Err(hostile(format!("whiteout of {:?}", String::from_utf8_lossy(&entry.path))));
+                return Err(hostile(format!(
+                    "whiteout of {:?}",
+                    String::from_utf8_lossy(&entry.path)
+                )));
             }
             return self.whiteout(&parent, hidden);
         }
@@ -178,17 +193,26 @@ impl Unpacker {
     ) -> Result<()> {
         let path = join(&parent.path, name);
         if entry.size > self.limits.bytes {
-            return Err(hostile(format!("a file of {} bytes (at most {})", entry.size, self.limits.bytes)));
+            return Err(hostile(format!(
+                "a file of {} bytes (at most {})",
+                entry.size, self.limits.bytes
+            )));
         }
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = rustix::fs::openat(&parent.fd, OsStr::from_bytes(name), flags, Mode::from_raw_mode(0o600))
-            .map_err(|errno| failed("create", &path, errno))?;
+        let fd = rustix::fs::openat(
+            &parent.fd,
+            OsStr::from_bytes(name),
+            flags,
+            Mode::from_raw_mode(0o600),
+        )
+        .map_err(|errno| failed("create", &path, errno))?;
         let mut file = File::from(fd);
         match &entry.sparse {
             None => self.copy(data, &mut file, u64::MAX, &path)?,
             Some(areas) => {
                 for (offset, length) in areas {
-                    file.seek(SeekFrom::Start(*offset)).map_err(|e| write_error(&path, e))?;
+                    file.seek(SeekFrom::Start(*offset))
+                        .map_err(|e| write_error(&path, e))?;
                     self.copy(data, &mut file, *length, &path)?;
                 }
                 file.set_len(entry.size).map_err(|e| write_error(&path, e))?;
@@ -198,14 +222,21 @@ impl Unpacker {
         rustix::fs::futimens(&file, &timestamps(entry.mtime)).map_err(|e| failed("set time of", &path, e))
     }
 
-    fn copy<R: Read>(&mut self, data: &mut TarReader<R>, file: &mut File, length: u64, path: &[u8]) -> Result<()> {
+    fn copy<R: Read>(
+        &mut self,
+        data: &mut TarReader<R>,
+        file: &mut File,
+        length: u64,
+        path: &[u8],
+    ) -> Result<()> {
         let mut left = length;
         while left > 0 {
             let want = self.buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
             match data.read(&mut self.buffer[..want]) {
                 Ok(0) => break,
                 Ok(count) => {
-                    file.write_all(&self.buffer[..count]).map_err(|e| write_error(path, e))?;
+                    file.write_all(&self.buffer[..count])
+                        .map_err(|e| write_error(path, e))?;
                     left -= count as u64;
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
@@ -223,7 +254,12 @@ impl Unpacker {
             return Err(hostile("a hard link to the layer's root"));
         };
         let source = self.tree.existing_directory(above)?;
-        let missing = || hostile(format!("a hard link to {:?}, which the layer does not have", shown()));
+        let missing = || {
+            hostile(format!(
+                "a hard link to {:?}, which the layer does not have",
+                shown()
+            ))
+        };
         let stat = self.stat(&source, target_name)?.ok_or_else(missing)?;
         if FileType::from_raw_mode(stat.st_mode) == FileType::Directory || is_whiteout(&stat) {
             return Err(hostile(format!("a hard link to {:?}, which is no file", shown())));
@@ -234,7 +270,13 @@ impl Unpacker {
         self.make_room(parent, name)?;
         let from = OsStr::from_bytes(target_name);
         // Making room may have removed a directory on the way to the target.
-        match rustix::fs::linkat(&source.fd, from, &parent.fd, OsStr::from_bytes(name), AtFlags::empty()) {
+        match rustix::fs::linkat(
+            &source.fd,
+            from,
+            &parent.fd,
+            OsStr::from_bytes(name),
+            AtFlags::empty(),
+        ) {
             Err(Errno::NOENT) => Err(missing()),
             other => other.map_err(|errno| failed("make hard link", &path, errno)),
         }
@@ -242,13 +284,18 @@ impl Unpacker {
 
     fn symlink(&mut self, parent: &Parent, name: &[u8], entry: &Entry) -> Result<()> {
         let path = join(&parent.path, name);
-        let target = CString::new(entry.link.clone()).ok().filter(|text| (1..4096).contains(&text.as_bytes().len()));
+        let target = CString::new(entry.link.clone())
+            .ok()
+            .filter(|text| (1..4096).contains(&text.as_bytes().len()));
         let Some(target) = target else {
-            return Err(hostile("a symbolic link's target is empty, too long or holds a zero byte"));
+            return Err(hostile(
+                "a symbolic link's target is empty, too long or holds a zero byte",
+            ));
         };
         self.make_room(parent, name)?;
         let os_name = OsStr::from_bytes(name);
-        rustix::fs::symlinkat(&target, &parent.fd, os_name).map_err(|e| failed("make symbolic link", &path, e))?;
+        rustix::fs::symlinkat(&target, &parent.fd, os_name)
+            .map_err(|e| failed("make symbolic link", &path, e))?;
         self.named_attributes(parent, name, entry, &path)
     }
 
@@ -261,8 +308,14 @@ impl Unpacker {
             _ => FileType::Fifo,
         };
         let device = rustix::fs::makedev(entry.device.0, entry.device.1);
-        rustix::fs::mknodat(&parent.fd, OsStr::from_bytes(name), kind, Mode::from_raw_mode(0o600), device)
-            .map_err(|errno| failed("make device or fifo", &path, errno))?;
+        rustix::fs::mknodat(
+            &parent.fd,
+            OsStr::from_bytes(name),
+            kind,
+            Mode::from_raw_mode(0o600),
+            device,
+        )
+        .map_err(|errno| failed("make device or fifo", &path, errno))?;
         self.named_attributes(parent, name, entry, &path)
     }
 
@@ -270,20 +323,40 @@ impl Unpacker {
     fn named_attributes(&self, parent: &Parent, name: &[u8], entry: &Entry, path: &[u8]) -> Result<()> {
         let os_name = OsStr::from_bytes(name);
         let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
-        rustix::fs::chownat(&parent.fd, os_name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)
-            .map_err(|errno| failed("set owner of", path, errno))?;
+        rustix::fs::chownat(
+            &parent.fd,
+            os_name,
+            Some(uid),
+            Some(gid),
+            AtFlags::SYMLINK_NOFOLLOW,
+        )
+        .map_err(|errno| failed("set owner of", path, errno))?;
         if entry.kind != Kind::Symlink {
-            rustix::fs::chmodat(&parent.fd, os_name, Mode::from_raw_mode(entry.mode), AtFlags::empty())
-                .map_err(|errno| failed("set mode of", path, errno))?;
+            rustix::fs::chmodat(
+                &parent.fd,
+                os_name,
+                Mode::from_raw_mode(entry.mode),
+                AtFlags::empty(),
+            )
+            .map_err(|errno| failed("set mode of", path, errno))?;
         }
-        let by_fd = [format!("/proc/self/fd/{}/", parent.fd.as_raw_fd()).as_bytes(), name].concat();
+        let by_fd = [
+            format!("/proc/self/fd/{}/", parent.fd.as_raw_fd()).as_bytes(),
+            name,
+        ]
+        .concat();
         for (key, value) in entry.xattrs.iter().filter(|(key, _)| may_set(key)) {
             let file = OsStr::from_bytes(&by_fd);
             let set = rustix::fs::lsetxattr(file, OsStr::from_bytes(key), value, XattrFlags::empty());
             tolerate_user_xattr(key, path, set)?;
         }
-        rustix::fs::utimensat(&parent.fd, os_name, &timestamps(entry.mtime), AtFlags::SYMLINK_NOFOLLOW)
-            .map_err(|errno| failed("set time of", path, errno))
+        rustix::fs::utimensat(
+            &parent.fd,
+            os_name,
+            &timestamps(entry.mtime),
+            AtFlags::SYMLINK_NOFOLLOW,
+        )
+        .map_err(|errno| failed("set time of", path, errno))
     }
 
     /// The last entry of a name wins: removes what an earlier one made.
@@ -314,7 +387,8 @@ impl Unpacker {
                 Ok(_) => {}
             }
             let directory = self.tree.open_readable(path)?;
-            rustix::fs::futimens(&directory, &timestamps(*mtime)).map_err(|e| failed("set time of", path, e))?;
+            rustix::fs::futimens(&directory, &timestamps(*mtime))
+                .map_err(|e| failed("set time of", path, e))?;
         }
         Ok(())
     }
@@ -322,8 +396,12 @@ impl Unpacker {
 
 /// Owner, then mode (a change of owner clears setuid), then extended attributes (it clears capabilities too).
 fn set_attributes(fd: impl AsFd, path: &[u8], entry: &Entry) -> Result<()> {
-    rustix::fs::fchown(&fd, Some(Uid::from_raw(entry.uid)), Some(Gid::from_raw(entry.gid)))
-        .map_err(|errno| failed("set owner of", path, errno))?;
+    rustix::fs::fchown(
+        &fd,
+        Some(Uid::from_raw(entry.uid)),
+        Some(Gid::from_raw(entry.gid)),
+    )
+    .map_err(|errno| failed("set owner of", path, errno))?;
     rustix::fs::fchmod(&fd, Mode::from_raw_mode(entry.mode)).map_err(|e| failed("set mode of", path, e))?;
     for (key, value) in entry.xattrs.iter().filter(|(key, _)| may_set(key)) {
         let set = rustix::fs::fsetxattr(&fd, OsStr::from_bytes(key), value, XattrFlags::empty());
@@ -348,16 +426,29 @@ fn tolerate_user_xattr(key: &[u8], path: &[u8], result: rustix::io::Result<()>) 
 /// What an image may set: file capabilities, access lists and the users' own names. Overlayfs's names would steer
 /// the merge; labels of security modules are the host's to give.
 fn may_set(key: &[u8]) -> bool {
-    let allowed: [&[u8]; 3] = [b"security.capability", b"system.posix_acl_access", b"system.posix_acl_default"];
+    let allowed: [&[u8]; 3] = [
+        b"security.capability",
+        b"system.posix_acl_access",
+        b"system.posix_acl_default",
+    ];
     let user = key.starts_with(b"user.") && !key.starts_with(b"user.overlay.");
     (user || allowed.contains(&key)) && !key.contains(&0)
 }
 
 fn timestamps((seconds, nanos): (i64, u32)) -> Timestamps {
-    let time = Timespec { tv_sec: seconds, tv_nsec: i64::from(nanos) };
-    Timestamps { last_access: time, last_modification: time }
+    let time = Timespec {
+        tv_sec: seconds,
+        tv_nsec: i64::from(nanos),
+    };
+    Timestamps {
+        last_access: time,
+        last_modification: time,
+    }
 }
 
 fn write_error(path: &[u8], error: std::io::Error) -> Error {
-    Error::io(format!("write {:?} of a layer", String::from_utf8_lossy(path)), error)
+    Error::io(
+        format!("write {:?} of a layer", String::from_utf8_lossy(path)),
+        error,
+    )
 }

@@ -28,7 +28,16 @@ impl Registry {
     /// Begins the transfer of a blob of `size` bytes.
     pub(crate) fn blob(&self, digest: &Digest, size: u64) -> Blob<'_> {
         let digest = digest.clone();
-        Blob { registry: self, digest, size, offset: 0, skip: 0, endpoint: 0, response: None, failures: 0 }
+        Blob {
+            registry: self,
+            digest,
+            size,
+            offset: 0,
+            skip: 0,
+            endpoint: 0,
+            response: None,
+            failures: 0,
+        }
     }
 }
 
@@ -46,7 +55,10 @@ impl Blob<'_> {
                 Ok(None) => Failure {
                     error: Error::Unavailable {
                         registry: self.registry.endpoints[self.endpoint].host.name(),
-                        reason: format!("it ended the transfer after {} of {} bytes", self.offset, self.size),
+                        reason: format!(
+                            "it ended the transfer after {} of {} bytes",
+                            self.offset, self.size
+                        ),
                     },
                     passing: true,
                 },
@@ -72,7 +84,7 @@ impl Blob<'_> {
         let registry = self.registry;
         while !registry.endpoints[self.endpoint].host.pull {
             if self.endpoint + 1 >= registry.endpoints.len() {
-                return Err(Failure { error: registry.no_endpoint(), passing: false });
+                return Err(Failure::lasting(registry.no_endpoint()));
             }
             self.endpoint += 1;
         }
@@ -83,7 +95,9 @@ impl Blob<'_> {
         };
         loop {
             let chunk = registry.in_time(endpoint, response.chunk()).await?;
-            let Some(mut chunk) = chunk.map_err(|error| registry.broken(endpoint, error))? else { return Ok(None) };
+            let Some(mut chunk) = chunk.map_err(|error| registry.broken(endpoint, error))? else {
+                return Ok(None);
+            };
             let skipped = self.skip.min(chunk.len() as u64);
             self.skip -= skipped;
             chunk.advance(skipped as usize);
@@ -99,25 +113,35 @@ impl Blob<'_> {
         let registry = self.registry;
         let endpoint = &registry.endpoints[self.endpoint];
         let from = (self.offset > 0).then_some(self.offset);
-        let response = registry.get(endpoint, &format!("blobs/{}", self.digest), from).await?;
+        let response = registry
+            .get(endpoint, &format!("blobs/{}", self.digest), from)
+            .await?;
         self.skip = match (from, response.status()) {
             (Some(from), StatusCode::PARTIAL_CONTENT) => {
-                let range = response.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok());
+                let range = response
+                    .headers()
+                    .get(CONTENT_RANGE)
+                    .and_then(|value| value.to_str().ok());
                 let wanted = format!("bytes {from}-");
                 if !range.is_some_and(|range| range.starts_with(&wanted)) {
-                    return Err(Failure {
-                        error: Error::Unavailable {
-                            registry: endpoint.host.name(),
-                            reason: format!("asked to resume at byte {from}, it sends {range:?}"),
-                        },
-                        passing: false,
-                    });
+                    return Err(Failure::lasting(Error::Unavailable {
+                        registry: endpoint.host.name(),
+                        reason: format!("asked to resume at byte {from}, it sends {range:?}"),
+                    }));
                 }
                 0
             }
             // The endpoint knows no ranges and begins anew.
             _ => self.offset,
         };
-        Ok(response)
+        let coming = self.size.saturating_sub(self.offset) + self.skip;
+        match response.content_length() {
+            Some(length) if length != coming => Err(Failure::lasting(Error::DigestMismatch {
+                what: format!("blob {}", self.digest),
+                expected: format!("{coming} bytes"),
+                actual: format!("{length} bytes"),
+            })),
+            _ => Ok(response),
+        }
     }
 }

@@ -64,7 +64,10 @@ pub(crate) struct Failure {
 
 impl Failure {
     fn lasting(error: Error) -> Self {
-        Self { error, passing: false }
+        Self {
+            error,
+            passing: false,
+        }
     }
 }
 
@@ -78,10 +81,19 @@ impl Registry {
     ) -> Result<Self> {
         let endpoint = |host: RegistryHost| -> Result<Endpoint> {
             let auth = auth(&host)?;
-            Ok(Endpoint { host, auth, client: OnceLock::new(), authorization: Mutex::new(None) })
+            Ok(Endpoint {
+                host,
+                auth,
+                client: OnceLock::new(),
+                authorization: Mutex::new(None),
+            })
         };
         let endpoints = hosts.into_iter().map(endpoint).collect::<Result<_>>()?;
-        Ok(Self { endpoints, reference, timeout })
+        Ok(Self {
+            endpoints,
+            reference,
+            timeout,
+        })
     }
 
     /// What the reference picks.
@@ -94,18 +106,26 @@ impl Registry {
 
     /// The manifest of a digest.
     pub(crate) async fn manifest(&self, digest: &Digest) -> Result<Manifest> {
-        self.document(&format!("manifests/{digest}"), Some(digest), false).await
+        self.document(&format!("manifests/{digest}"), Some(digest), false)
+            .await
     }
 
     /// A small blob (the configuration), in memory.
     pub(crate) async fn small_blob(&self, digest: &Digest) -> Result<Bytes> {
-        Ok(self.document(&format!("blobs/{digest}"), Some(digest), false).await?.bytes)
+        Ok(self
+            .document(&format!("blobs/{digest}"), Some(digest), false)
+            .await?
+            .bytes)
     }
 
     async fn document(&self, path: &str, digest: Option<&Digest>, resolve: bool) -> Result<Manifest> {
         let mut last = None;
         for (index, endpoint) in self.endpoints.iter().enumerate() {
-            if !(if resolve { endpoint.host.resolve } else { endpoint.host.pull }) {
+            if !(if resolve {
+                endpoint.host.resolve
+            } else {
+                endpoint.host.pull
+            }) {
                 continue;
             }
             let mut tries = 0;
@@ -130,7 +150,13 @@ impl Registry {
         digest: Option<&Digest>,
     ) -> std::result::Result<Manifest, Failure> {
         let response = self.get(endpoint, path, None).await?;
-        let header = |name: &str| response.headers().get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
+        let header = |name: &str| {
+            response
+                .headers()
+                .get(name)
+                .and_then(|v| v.to_str().ok())
+                .map(str::to_owned)
+        };
         let media_type = header(CONTENT_TYPE.as_str());
         let declared = header("docker-content-digest").as_deref().and_then(Digest::parse);
         let bytes = self.body(endpoint, response).await?;
@@ -146,10 +172,16 @@ impl Registry {
             Some(digest) => Some(digest.clone()),
             None => declared,
         };
-        let actual = expected.as_ref().map_or_else(|| Digest::sha256(&bytes), |e| e.of_same_kind(&bytes));
+        let actual = expected
+            .as_ref()
+            .map_or_else(|| Digest::sha256(&bytes), |e| e.of_same_kind(&bytes));
         match expected {
             Some(expected) if expected != actual => Err(mismatch(&expected, &actual)),
-            _ => Ok(Manifest { bytes, digest: actual, media_type }),
+            _ => Ok(Manifest {
+                bytes,
+                digest: actual,
+                media_type,
+            }),
         }
     }
 
@@ -169,16 +201,32 @@ impl Registry {
     }
 
     /// One GET, authenticated when the endpoint asks for it; `from` resumes a transfer at an offset.
-    async fn get(&self, endpoint: &Endpoint, path: &str, from: Option<u64>) -> std::result::Result<Response, Failure> {
+    async fn get(
+        &self,
+        endpoint: &Endpoint,
+        path: &str,
+        from: Option<u64>,
+    ) -> std::result::Result<Response, Failure> {
         let mut url = endpoint.host.base.clone();
-        url.set_path(&format!("{}/{}/{path}", url.path().trim_end_matches('/'), self.reference.repository));
+        url.set_path(&format!(
+            "{}/{}/{path}",
+            url.path().trim_end_matches('/'),
+            self.reference.repository
+        ));
         if endpoint.host.mirror {
             url.query_pairs_mut().append_pair("ns", &self.reference.registry);
         }
         let client = endpoint.client().map_err(Failure::lasting)?;
         let mut asked = false;
         loop {
-            let mut request = client.get(url.clone()).header(ACCEPT, if path.starts_with("blobs/") { "*/*" } else { ACCEPTED });
+            let mut request = client.get(url.clone()).header(
+                ACCEPT,
+                if path.starts_with("blobs/") {
+                    "*/*"
+                } else {
+                    ACCEPTED
+                },
+            );
             for (name, value) in &endpoint.host.headers {
                 request = request.header(name, value);
             }
@@ -189,8 +237,10 @@ impl Registry {
             if let Some(from) = from {
                 request = request.header(RANGE, format!("bytes={from}-"));
             }
-            let response =
-                self.in_time(endpoint, request.send()).await?.map_err(|error| self.broken(endpoint, error))?;
+            let response = self
+                .in_time(endpoint, request.send())
+                .await?
+                .map_err(|error| self.broken(endpoint, error))?;
             if response.status() != StatusCode::UNAUTHORIZED {
                 return self.check(endpoint, path, response).await;
             }
@@ -198,8 +248,13 @@ impl Registry {
                 return Err(Failure::lasting(self.unauthorized(endpoint)));
             }
             asked = true;
-            let answer = self.answer_challenge(endpoint, response.headers(), authorization.as_ref()).await?;
-            *endpoint.authorization.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(answer);
+            let answer = self
+                .answer_challenge(endpoint, response.headers(), authorization.as_ref())
+                .await?;
+            *endpoint
+                .authorization
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner) = Some(answer);
         }
     }
 
@@ -221,11 +276,17 @@ impl Registry {
             })),
             StatusCode::FORBIDDEN => Failure::lasting(self.unauthorized(endpoint)),
             StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT => Failure {
-                error: Error::Unavailable { registry, reason: format!("it answers {status}") },
+                error: Error::Unavailable {
+                    registry,
+                    reason: format!("it answers {status}"),
+                },
                 passing: true,
             },
             _ => Failure {
-                error: Error::Unavailable { registry, reason: format!("it answers {status} for {path}") },
+                error: Error::Unavailable {
+                    registry,
+                    reason: format!("it answers {status} for {path}"),
+                },
                 passing: status.is_server_error(),
             },
         })
@@ -248,11 +309,20 @@ impl Registry {
     fn broken(&self, endpoint: &Endpoint, error: reqwest::Error) -> Failure {
         // A refused connection, an unknown host and a bad certificate do not pass within a second.
         let passing = !error.is_connect() && !error.is_redirect() && !error.is_builder();
-        Failure { error: Error::Unavailable { registry: endpoint.host.name(), reason: causes(error) }, passing }
+        Failure {
+            error: Error::Unavailable {
+                registry: endpoint.host.name(),
+                reason: causes(error),
+            },
+            passing,
+        }
     }
 
     fn unauthorized(&self, endpoint: &Endpoint) -> Error {
-        Error::Unauthorized { registry: endpoint.host.name(), what: self.reference.to_string() }
+        Error::Unauthorized {
+            registry: endpoint.host.name(),
+            what: self.reference.to_string(),
+        }
     }
 
     fn no_endpoint(&self) -> Error {
@@ -280,7 +350,10 @@ impl Endpoint {
         if let Some(Auth::RegistryToken(token)) = &self.auth {
             return token::header("Bearer", token);
         }
-        self.authorization.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+        self.authorization
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .clone()
     }
 
     fn client(&self) -> Result<Client> {
@@ -342,15 +415,19 @@ fn build_client(host: &RegistryHost) -> Result<Client> {
 }
 
 fn read(file: &Path) -> Result<Vec<u8>> {
-    std::fs::read(file)
-        .map_err(|error| Error::Config { path: file.display().to_string(), reason: error.to_string() })
+    std::fs::read(file).map_err(|error| Error::Config {
+        path: file.display().to_string(),
+        reason: error.to_string(),
+    })
 }
 
 /// Redirects go anywhere (content delivery networks) but never from https to http.
 fn follow(attempt: reqwest::redirect::Attempt<'_>) -> reqwest::redirect::Action {
     if attempt.previous().len() > MAX_REDIRECTS {
         attempt.error("too many redirects")
-    } else if attempt.url().scheme() == "http" && attempt.previous().iter().any(|url: &Url| url.scheme() == "https") {
+    } else if attempt.url().scheme() == "http"
+        && attempt.previous().iter().any(|url: &Url| url.scheme() == "https")
+    {
         attempt.error("redirected from https to plain http")
     } else {
         attempt.follow()

@@ -50,16 +50,24 @@ impl Registry {
             _ => None,
         };
         // The same credentials again would be refused again; a token may only have expired.
-        answer.filter(|answer| Some(answer) != rejected).ok_or_else(refused)
+        answer
+            .filter(|answer| Some(answer) != rejected)
+            .ok_or_else(refused)
     }
 
     async fn token(&self, endpoint: &Endpoint, bearer: &Bearer) -> std::result::Result<String, Failure> {
         let unusable = |reason: &str| {
-            Failure::lasting(Error::Unavailable { registry: endpoint.host.name(), reason: reason.to_owned() })
+            Failure::lasting(Error::Unavailable {
+                registry: endpoint.host.name(),
+                reason: reason.to_owned(),
+            })
         };
-        let mut realm = Url::parse(&bearer.realm).map_err(|_| unusable("its token server's address is no URL"))?;
+        let mut realm =
+            Url::parse(&bearer.realm).map_err(|_| unusable("its token server's address is no URL"))?;
         if realm.scheme() != "https" && endpoint.host.base.scheme() != "http" {
-            return Err(unusable("its token server is not https, credentials are not sent there"));
+            return Err(unusable(
+                "its token server is not https, credentials are not sent there",
+            ));
         }
         let default_scope = format!("repository:{}:pull", self.reference.repository);
         let scope = bearer.scope.as_deref().unwrap_or(&default_scope);
@@ -90,7 +98,10 @@ impl Registry {
                 _ => request,
             }
         };
-        let response = self.in_time(endpoint, request.send()).await?.map_err(|error| self.broken(endpoint, error))?;
+        let response = self
+            .in_time(endpoint, request.send())
+            .await?
+            .map_err(|error| self.broken(endpoint, error))?;
         match response.status() {
             status if status.is_success() => {}
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::BAD_REQUEST => {
@@ -98,15 +109,29 @@ impl Registry {
             }
             status => {
                 let reason = format!("its token server answers {status}");
-                let error = Error::Unavailable { registry: endpoint.host.name(), reason };
-                return Err(Failure { error, passing: status.is_server_error() });
+                let error = Error::Unavailable {
+                    registry: endpoint.host.name(),
+                    reason,
+                };
+                return Err(Failure {
+                    error,
+                    passing: status.is_server_error(),
+                });
             }
         }
         let body = self.body(endpoint, response).await?;
-        let answer: TokenAnswer =
-            serde_json::from_slice(&body).map_err(|_| unusable("its token server's answer holds no token"))?;
-        let token = if answer.token.is_empty() { answer.access_token } else { answer.token };
-        if token.is_empty() { Err(unusable("its token server's answer holds no token")) } else { Ok(token) }
+        let answer: TokenAnswer = serde_json::from_slice(&body)
+            .map_err(|_| unusable("its token server's answer holds no token"))?;
+        let token = if answer.token.is_empty() {
+            answer.access_token
+        } else {
+            answer.token
+        };
+        if token.is_empty() {
+            Err(unusable("its token server's answer holds no token"))
+        } else {
+            Ok(token)
+        }
     }
 }
 
@@ -162,11 +187,16 @@ mod tests {
             "Basic realm=\"x\"",
             "Bearer realm=\"https://auth.example/token\",service=\"r, x\",scope=\"repository:a/b:pull\"",
         ]);
-        let Some(Challenge::Bearer(bearer)) = found else { panic!("no bearer") };
+        let Some(Challenge::Bearer(bearer)) = found else {
+            panic!("no bearer")
+        };
         assert_eq!(bearer.realm, "https://auth.example/token");
         assert_eq!(bearer.service.as_deref(), Some("r, x"));
         assert_eq!(bearer.scope.as_deref(), Some("repository:a/b:pull"));
-        assert!(matches!(challenge(&["basic realm=\"x\""]), Some(Challenge::Basic)));
+        assert!(matches!(
+            challenge(&["basic realm=\"x\""]),
+            Some(Challenge::Basic)
+        ));
         assert!(challenge(&["Negotiate"]).is_none());
         assert!(challenge(&[]).is_none());
     }
