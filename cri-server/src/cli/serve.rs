@@ -29,7 +29,7 @@ pub(super) fn run(config: Config) -> Outcome {
         .thread_name("catamaran")
         .enable_all()
         .build()?;
-    let mut ended = runtime.block_on(async {
+    let ended = runtime.block_on(async {
         let (mut terminate, mut interrupt) =
             (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let stop = async move {
@@ -42,7 +42,6 @@ pub(super) fn run(config: Config) -> Outcome {
     })?;
     // Work that waits for a hung plugin must not hold the process.
     runtime.shutdown_background();
-    ended = ended.map(|()| ());
     ended?;
     Ok(ExitCode::SUCCESS)
 }

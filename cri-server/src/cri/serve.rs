@@ -98,16 +98,20 @@ pub async fn serve(
     ask_ahead(&node);
     let listener = listen(&path)?;
     tracing::info!(socket = %path.display(), "serving");
+    let events = node.events.clone();
     let (ending, ended) = tokio::sync::oneshot::channel::<()>();
     let serving = Server::builder()
         .layer(Observed)
-        .add_service(RuntimeServiceServer::new(Runtime::new(pods)).max_decoding_message_size(MAX_MESSAGE))
+        .add_service(
+            RuntimeServiceServer::new(Runtime::new(pods.clone())).max_decoding_message_size(MAX_MESSAGE),
+        )
         .add_service(
             ImageServiceServer::new(Images::new(node.clone())).max_decoding_message_size(MAX_MESSAGE),
         )
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
             stop.await;
             tracing::info!("ending; pods live on");
+            events.close();
             let _ = ending.send(());
         });
     let drained = async {
@@ -124,6 +128,11 @@ pub async fn serve(
             Ok(())
         }
     };
+    if pods.is_empty()
+        && let Err(error) = catamaran_cgroups::remove(&node.config.cgroup_parent)
+    {
+        tracing::debug!(%error, "the parent cgroup stays");
+    }
     if let Err(error) = std::fs::remove_file(&path) {
         tracing::debug!(%error, "the socket stays");
     }

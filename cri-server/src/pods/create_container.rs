@@ -349,11 +349,7 @@ async fn begin(
         .await?;
     let (s, i) = (shim.clone(), id.clone());
     undo.push("task", move || async move {
-        match s.delete(i.as_str()).await {
-            // A shim that is gone has no task.
-            Err(error) if !error.is_gone() => Err(chain(&error)),
-            _ => Ok(()),
-        }
+        teardown::end_task(&s, i.as_str()).await.map_err(text)
     });
     let config = &plan.record.config;
     let rootfs = snapshot.mounts.into_iter().map(|mount| Mount {

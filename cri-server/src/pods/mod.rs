@@ -80,6 +80,17 @@ impl Pods {
         look(&mut self.inner.index.write().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// There is no pod, not even one being created.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.inner
+            .index
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pods
+            .is_empty()
+    }
+
     /// Every pod that is listed (not those still being created), in no order.
     #[must_use]
     pub fn views(&self) -> Vec<Arc<PodView>> {
@@ -367,19 +378,14 @@ async fn container_call(handle: &Handle, id: &str, call: impl FnOnce(Reply<()>) 
 
 /// The id that `text` is, or the only one that begins with it.
 fn unambiguous<'a>(ids: impl Iterator<Item = &'a Id>, text: &str) -> Option<&'a Id> {
-    if text.is_empty() {
-        return None;
-    }
-    let mut found = None;
-    for id in ids.filter(|id| id.as_str().starts_with(text)) {
+    let (mut found, mut several) = (None, false);
+    for id in ids.filter(|id| !text.is_empty() && id.as_str().starts_with(text)) {
         if id.as_str() == text {
             return Some(id);
         }
-        if found.replace(id).is_some() {
-            return None;
-        }
+        several |= found.replace(id).is_some();
     }
-    found
+    found.filter(|_| !several)
 }
 
 /// How an image can be pulled again: by repository digest where it came from a registry, else by its id.

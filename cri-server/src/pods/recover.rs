@@ -223,22 +223,10 @@ async fn settle(node: &Arc<Node>, shim: Option<&Shim>, container: &mut Container
 
 async fn undo_container(node: &Arc<Node>, shim: Option<&Shim>, container: &mut ContainerRecord) -> Settled {
     let mut problems = Vec::new();
-    if let Some(shim) = shim {
-        // A process that waits to be started is deleted only when it has ended.
-        let id = container.id.as_str();
-        if let Err(error) = shim.kill(id, 9, true).await {
-            tracing::debug!(container = id, %error, "killing");
-        }
-        if shim.state(id).await.is_ok()
-            && tokio::time::timeout(teardown::STOP_GRACE, shim.wait(id))
-                .await
-                .is_err()
-        {
-            problems.push("its process did not end".to_owned());
-        }
-        if let Err(error) = shim.delete(id).await {
-            problems.push(chain(&error));
-        }
+    if let Some(shim) = shim
+        && let Err(error) = teardown::end_task(shim, container.id.as_str()).await
+    {
+        problems.push(chain(&error));
     }
     if let Err(error) = teardown::remove_container_bundle(node, &container.pod, &container.id).await {
         problems.push(chain(&error));

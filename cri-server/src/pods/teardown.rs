@@ -84,6 +84,27 @@ where
     Ok(())
 }
 
+/// Ends and deletes a container that may or may not have come to be in its shim.
+pub(super) async fn end_task(shim: &Shim, id: &str) -> Result<()> {
+    const SIGKILL: u32 = 9;
+    match shim.kill(id, SIGKILL, true).await {
+        // A shim that is gone has no task.
+        Err(error) if error.is_gone() => return Ok(()),
+        Err(error) => tracing::debug!(container = id, %error, "killing"),
+        Ok(()) => {}
+    }
+    if shim.state(id).await.is_ok() && tokio::time::timeout(STOP_GRACE, shim.wait(id)).await.is_err() {
+        let limit = STOP_GRACE.as_secs();
+        return Err(Error::DeadlineExceeded(format!(
+            "container {id} has not ended {limit} s after SIGKILL"
+        )));
+    }
+    match shim.delete(id).await {
+        Err(error) if !error.is_gone() => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
 /// CNI DEL and the namespace's pin.
 pub(super) async fn release_network(node: &Node, pod: &Id) -> Result<()> {
     node.network.detach_id(pod.as_str()).await?;

@@ -1,0 +1,346 @@
+//! What a pod's owner does when work has ended, and when something ended by itself.
+
+use std::sync::Arc;
+
+use catamaran_sandbox::id::Id;
+
+use super::{Done, Owner, Reply, answer, answer_when};
+use crate::cri::api::ContainerEventType;
+use crate::error::{Error, Result, chain};
+use crate::node::now_ns;
+use crate::pods::record::Exit;
+use crate::pods::run_sandbox::{Failed, Started};
+use crate::pods::state::{ContainerState, PodState, after_exit};
+use crate::pods::{teardown, watch};
+use crate::store::Table;
+
+impl Owner {
+    /// Returns those who wait, with the error, when the creation failed and nothing of the pod is left.
+    pub(super) fn created(
+        &mut self,
+        result: Result<Started, Failed>,
+    ) -> Option<(Vec<Reply<Id>>, Arc<Error>)> {
+        let waiting = self
+            .at_work
+            .creation
+            .take()
+            .map(|creation| creation.waiting)
+            .unwrap_or_default();
+        match result {
+            Ok(Started { shim, ips, info }) => {
+                self.shim = Some(shim);
+                let id = self.pod.id.clone();
+                let written = self.change_pod(|pod| {
+                    pod.state = PodState::Ready;
+                    pod.ips = ips;
+                    pod.info = info;
+                });
+                self.watch_sandbox();
+                if waiting.iter().all(|reply| reply.is_closed()) {
+                    self.unclaimed.push(id.clone());
+                }
+                answer_when(written, waiting, id);
+                for kind in [
+                    ContainerEventType::ContainerCreatedEvent,
+                    ContainerEventType::ContainerStartedEvent,
+                ] {
+                    self.send_event(&self.pod.id, kind);
+                }
+                if let Some(stops) = self.at_work.stop.take() {
+                    self.begin_stop(stops);
+                }
+                self.begin_wanted_removal();
+                None
+            }
+            Err(Failed { error, left }) if left.is_empty() => Some((waiting, Arc::new(error))),
+            Err(Failed { error, left }) => {
+                let error = Arc::new(Error::UndoIncomplete {
+                    error: Box::new(error),
+                    failures: left,
+                });
+                let problem = chain(&error);
+                self.change_pod(|pod| {
+                    pod.state = PodState::Broken;
+                    pod.problem = Some(problem);
+                })
+                .queued();
+                answer(waiting, &Err(error));
+                if let Some(stops) = self.at_work.stop.take() {
+                    self.begin_stop(stops);
+                }
+                self.begin_wanted_removal();
+                None
+            }
+        }
+    }
+
+    pub(super) fn done(&mut self, done: Done) {
+        match done {
+            // Handled by the loop, as they may end it.
+            Done::Created(_) | Done::Removed(Ok(())) => {}
+            Done::Stopped(result) => self.stopped(result),
+            Done::Removed(Err(error)) => {
+                let error = Arc::new(error);
+                self.broken(chain(&error));
+                answer(self.at_work.removal.take().unwrap_or_default(), &Err(error));
+            }
+            Done::ContainerCreated(id, result) => self.container_created(&id, result),
+            Done::ContainerStarted(id, result) => self.container_started(&id, result),
+            Done::ContainerStopped(id, result) => {
+                let waiting = self
+                    .at_work
+                    .stopping
+                    .remove(&id)
+                    .map(|s| s.waiting)
+                    .unwrap_or_default();
+                if result.is_err()
+                    && self
+                        .containers
+                        .get(&id)
+                        .is_some_and(|c| c.state == ContainerState::Stopping)
+                {
+                    // It still runs, so it can be stopped again.
+                    self.change_container(&id, |c| c.state = ContainerState::Running)
+                        .queued();
+                }
+                answer(waiting, &result.map_err(Arc::new));
+            }
+            Done::ContainerRemoved(id, result) => self.container_removed(&id, result),
+            Done::ContainerUpdated(id, result, reply) => match result {
+                Ok(resources) => {
+                    let written = self.change_container(&id, |c| c.resources = resources);
+                    answer_when(written, vec![reply], ());
+                }
+                Err(error) => answer(vec![reply], &Err(Arc::new(error))),
+            },
+        }
+        self.begin_wanted_removal();
+    }
+
+    fn stopped(&mut self, result: Result<()>) {
+        let waiting = self.at_work.stop.take().unwrap_or_default();
+        match result {
+            Ok(()) => {
+                self.shim = None;
+                self.settle_containers("the pod sandbox was stopped");
+                let written = self.change_pod(|pod| {
+                    pod.state = PodState::Stopped;
+                    pod.problem = None;
+                });
+                self.send_event(&self.pod.id, ContainerEventType::ContainerStoppedEvent);
+                answer_when(written, waiting, ());
+            }
+            Err(error) => {
+                let error = Arc::new(error);
+                self.broken(chain(&error));
+                answer(waiting, &Err(error));
+            }
+        }
+    }
+
+    fn broken(&mut self, problem: String) {
+        self.change_pod(|pod| {
+            pod.state = PodState::Broken;
+            pod.problem = Some(problem);
+        })
+        .queued();
+    }
+
+    /// Gives every container without a recorded end the one that the shim left, or none that is known.
+    fn settle_containers(&mut self, message: &str) {
+        let open: Vec<Id> = self
+            .containers
+            .iter()
+            .filter(|(_, c)| c.exit.is_none() && c.state != ContainerState::Creating)
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in open {
+            let bundle = self.node.dirs.container(&self.pod.id, &id);
+            let exit = watch::recorded(&bundle).unwrap_or_else(|| Exit::unknown(message, now_ns()));
+            self.exited(&id, exit);
+        }
+    }
+
+    fn container_created(&mut self, id: &Id, result: Result<(), Failed>) {
+        let waiting = self
+            .at_work
+            .creating
+            .remove(id)
+            .map(|creation| creation.waiting)
+            .unwrap_or_default();
+        match result {
+            Ok(()) => {
+                let written = self.change_container(id, |c| {
+                    c.state = ContainerState::Created;
+                    c.created_at_ns = now_ns();
+                });
+                self.watch_container(id);
+                if waiting.iter().all(|reply| reply.is_closed()) {
+                    self.unclaimed.push(id.clone());
+                }
+                self.send_event(id, ContainerEventType::ContainerCreatedEvent);
+                answer_when(written, waiting, id.clone());
+            }
+            Err(Failed { error, left }) if left.is_empty() => {
+                self.containers.remove(id);
+                self.publish();
+                let removed = self.node.store.remove(Table::Containers, id.as_str());
+                let error = Arc::new(error);
+                tokio::spawn(async move {
+                    // The record would only be undone once more at the next start.
+                    let _ = removed.durable().await;
+                    answer(waiting, &Err(error));
+                });
+            }
+            Err(Failed { error, left }) => {
+                let error = Arc::new(Error::UndoIncomplete {
+                    error: Box::new(error),
+                    failures: left,
+                });
+                let exit = Exit::start_error(chain(&error), now_ns());
+                self.change_container(id, |c| {
+                    c.state = ContainerState::Exited;
+                    c.exit = Some(exit);
+                })
+                .queued();
+                answer(waiting, &Err(error));
+            }
+        }
+    }
+
+    fn container_started(&mut self, id: &Id, result: Result<u32>) {
+        let waiting = self.at_work.starting.remove(id).unwrap_or_default();
+        match result {
+            Ok(pid) => {
+                let now = now_ns();
+                let written = self.change_container(id, |c| {
+                    if c.state == ContainerState::Starting {
+                        c.state = ContainerState::Running;
+                    }
+                    // A process that has ended before this was known started before its end.
+                    c.started_at_ns = c.exit.as_ref().map_or(now, |exit| exit.at_ns.min(now));
+                    c.pid = pid;
+                });
+                self.send_event(id, ContainerEventType::ContainerStartedEvent);
+                answer_when(written, waiting, ());
+            }
+            Err(error) => {
+                let error = Arc::new(error);
+                let starting = self.containers.get(id).is_some_and(|c| {
+                    c.started_at_ns == 0
+                        && matches!(c.state, ContainerState::Starting | ContainerState::Exited)
+                });
+                if starting {
+                    let exit = Exit::start_error(chain(&error), now_ns());
+                    self.change_container(id, |c| {
+                        c.state = ContainerState::Exited;
+                        c.exit = Some(exit);
+                    })
+                    .queued();
+                    self.delete_task(id);
+                }
+                answer(waiting, &Err(error));
+            }
+        }
+    }
+
+    fn container_removed(&mut self, id: &Id, result: Result<()>) {
+        let waiting = self.at_work.removing.remove(id).unwrap_or_default();
+        match result {
+            Ok(()) => {
+                self.send_event(id, ContainerEventType::ContainerDeletedEvent);
+                self.containers.remove(id);
+                self.unclaimed.retain(|unclaimed| unclaimed != id);
+                self.publish();
+                answer_when(
+                    self.node.store.remove(Table::Containers, id.as_str()),
+                    waiting,
+                    (),
+                );
+            }
+            // The intent stays: the next removal, or the next start, goes on with it.
+            Err(error) => answer(waiting, &Err(Arc::new(error))),
+        }
+    }
+
+    // --- what happens by itself ---
+
+    pub(super) fn exited(&mut self, id: &Id, exit: Exit) {
+        let Some(container) = self.containers.get(id) else {
+            return;
+        };
+        if container.exit.is_some() {
+            return;
+        }
+        tracing::info!(container = %id, code = exit.code, reason = exit.reason, "ended");
+        let state = after_exit(container.state, exit.is_known());
+        self.change_container(id, |c| {
+            c.state = state;
+            c.exit = Some(exit);
+            c.pid = 0;
+        })
+        .queued();
+        self.send_event(id, ContainerEventType::ContainerStoppedEvent);
+        if state != ContainerState::Removing {
+            self.delete_task(id);
+        }
+    }
+
+    /// The runtime's state and the rootfs mount of an ended container are of no more use.
+    fn delete_task(&self, id: &Id) {
+        if let (Some(shim), PodState::Ready) = (self.shim.clone(), self.pod.state) {
+            let id = id.to_string();
+            tokio::spawn(async move {
+                if let Err(error) = shim.delete(&id).await {
+                    tracing::debug!(container = id, %error, "its runtime state stays until its removal");
+                }
+            });
+        }
+    }
+
+    pub(super) fn sandbox_ended(&mut self, problem: String, shim_died: bool) {
+        if self.pod.state != PodState::Ready {
+            return;
+        }
+        tracing::warn!(pod = %self.pod.id, problem, "a pod sandbox ended by itself");
+        self.broken(problem);
+        if shim_died {
+            self.shim = None;
+            self.settle_containers("its shim died");
+            self.clean_up_after_shim();
+        }
+        self.send_event(&self.pod.id, ContainerEventType::ContainerStoppedEvent);
+    }
+
+    /// Processes that outlived their shim would run unwatched.
+    fn clean_up_after_shim(&self) {
+        let (node, pod) = (self.node.clone(), self.pod.clone());
+        tokio::spawn(async move {
+            let cleaned = match teardown::launch(&node, &pod) {
+                Ok(launch) => launch.delete().await.map_err(Error::from),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = cleaned {
+                tracing::warn!(pod = %pod.id, error = %chain(&error), "cleaning up after a dead shim");
+            }
+        });
+    }
+
+    pub(super) fn watch_sandbox(&self) {
+        if let Some(shim) = &self.shim {
+            watch::sandbox(shim.clone(), self.me.clone());
+        }
+    }
+
+    pub(super) fn watch_container(&self, id: &Id) {
+        if let Some(shim) = &self.shim {
+            watch::container(
+                &self.node.dirs,
+                shim.clone(),
+                &self.pod.id,
+                id.clone(),
+                self.me.clone(),
+            );
+        }
+    }
+}
