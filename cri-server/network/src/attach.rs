@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::conflist::{ConfList, InForce, checked_id};
+use crate::conflist::{ConfList, InForce, Source, checked_id};
 use crate::error::{NetworkError, Result};
 use crate::plugin::{self, Call, Verb};
 use crate::pod::PodNetwork;
@@ -30,7 +30,10 @@ pub(crate) async fn attach(
     }
     network.find_plugins(&config.bin_dirs)?;
     let intent = Intent::new(pod.clone(), network.list_for(pod), config.bin_dirs.clone());
-    record::begin(&config.cache_dir, &intent).await?;
+    // A power failure takes all that the default network has: namespaces, interfaces, rules and leases. An
+    // operator's plugins may hold an address elsewhere.
+    let sync = network.source != Source::Default;
+    record::begin(&config.cache_dir, &intent, sync).await?;
     let failure = match add(config, &intent).await {
         Ok(attachment) => match record::complete(&config.cache_dir, &pod.id, &attachment.result).await {
             Ok(()) => return Ok(attachment),
@@ -58,7 +61,7 @@ pub(crate) async fn detach(config: &NetworkConfig, id: &str) -> Result<()> {
 /// DEL, where no ADD can be running.
 async fn undo(config: &NetworkConfig, id: &str) -> Result<()> {
     let Some(intent) = record::intent(&config.cache_dir, id)? else {
-        return Ok(());
+        return record::forget(&config.cache_dir, id);
     };
     let result = record::result(&config.cache_dir, id)?;
     del(config, &intent, result.as_ref()).await?;

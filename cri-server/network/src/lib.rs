@@ -4,9 +4,10 @@
 //! ([`plugin`]), the chain of plugins for each verb and the durable record that makes DEL certain
 //! ([`attach`], [`record`]), the pins ([`netns`]).
 //!
-//! Architecture invariant: no ADD runs before its record is on disk, and the record goes only after a DEL
-//! that succeeded. So whatever kills the daemon, [`Network::attached`] names every sandbox that may hold a
-//! lease, an interface or a firewall rule, and [`Network::detach`] gives it back.
+//! Architecture invariant: no ADD runs before its record is written (and synced, where ADD may do something
+//! that outlives a power failure), and the record goes only after a DEL that succeeded. So whatever ends the
+//! daemon, [`Network::attached`] names every sandbox that may hold a lease, an interface or a firewall rule,
+//! and [`Network::detach`] gives it back.
 
 mod attach;
 mod bandwidth;

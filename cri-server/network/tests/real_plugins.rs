@@ -159,6 +159,16 @@ async fn detach_works_when_the_namespace_is_gone() {
 }
 
 #[tokio::test]
+async fn a_record_that_a_power_failure_left_empty_is_forgotten() {
+    let lab = Lab::new();
+    std::fs::create_dir_all(&lab.config.cache_dir).unwrap();
+    std::fs::write(lab.config.cache_dir.join("pod1.intent"), "").unwrap();
+    assert_eq!(lab.network.attached().unwrap(), ["pod1"]);
+    lab.network.detach_id("pod1").await.unwrap();
+    assert_eq!(lab.leftovers(), [""; 0]);
+}
+
+#[tokio::test]
 async fn an_operators_conflist_wins_and_del_uses_what_add_used() {
     let lab = Lab::new();
     let portmap = r#"{"type":"portmap","capabilities":{"portMappings":true}}"#;
