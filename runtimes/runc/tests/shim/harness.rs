@@ -9,7 +9,7 @@ use std::time::Duration;
 use catamaran_sandbox::exit::ExitRecord;
 use catamaran_sandbox::id::Id;
 use catamaran_sandbox::pod_spec::{
-    POD_SPEC_VERSION, PidNamespace, PodNamespaces, PodSpec, RuntimeSpec, info,
+    POD_SPEC_VERSION, PidNamespace, PodNamespaces, PodSpec, RuntimeSpec, UserNamespace, info,
 };
 use catamaran_sandbox::protocol::stream::{ExecSyncRequest, ExecSyncResponse, OpenRequest};
 use catamaran_sandbox::protocol::stream_ttrpc::StreamClient;
@@ -31,6 +31,7 @@ const LIMIT: i64 = 60_000_000_000;
 pub(crate) struct Options {
     pub(crate) pid: PidNamespace,
     pub(crate) network: bool,
+    pub(crate) user: Option<UserNamespace>,
     pub(crate) sysctls: BTreeMap<String, String>,
     pub(crate) binary: PathBuf,
     pub(crate) args: Vec<String>,
@@ -41,6 +42,7 @@ impl Default for Options {
         Self {
             pid: PidNamespace::Container,
             network: false,
+            user: None,
             sysctls: BTreeMap::new(),
             binary: "/usr/sbin/runc".into(),
             args: Vec::new(),
@@ -155,7 +157,7 @@ impl Pod {
                 network,
                 host_ipc: false,
                 pid: options.pid,
-                user: None,
+                user: options.user,
             },
             sysctls: options.sysctls,
             cgroup_parent: format!("/catamaran-test-{}", id.short()),

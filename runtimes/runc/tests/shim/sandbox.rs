@@ -1,15 +1,21 @@
 //! The pod as a whole: stop, shutdown, a shim that dies, other runtimes.
 
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use catamaran_sandbox::pod_spec::{PidNamespace, info};
+use catamaran_sandbox::id::Id;
+use catamaran_sandbox::pod_spec::{IdMapping, PidNamespace, UserNamespace, info};
+use catamaran_sandbox::protocol::POD_SPEC_TYPE;
 use containerd_shim_protos::sandbox_api;
+use containerd_shim_protos::sandbox_async::SandboxClient;
+use containerd_shim_protos::shim_async::Client;
 use containerd_shim_protos::ttrpc::Code;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::harness::{Options, Pod, code_of, ctx, delete_shim, start_shim};
+use crate::harness::{Options, Pod, any, code_of, ctx, delete_shim, start_shim};
 
 fn exists(pid: i32) -> bool {
     // A zombie that a slow pid 1 has not reaped runs no more.
@@ -153,6 +159,71 @@ async fn namespaces_end_with_the_shim() {
     kill(Pid::from_raw(pod.shim_pid()), Signal::SIGKILL).unwrap();
     gone(init).await;
     assert!(!Path::new(&path).exists());
+}
+
+#[tokio::test]
+async fn a_user_namespace_owns_the_others() {
+    let map = vec![IdMapping {
+        container_id: 0,
+        host_id: 200_000,
+        length: 65_536,
+    }];
+    let user = Some(UserNamespace {
+        uids: map.clone(),
+        gids: map,
+    });
+    let sysctls = [("kernel.shm_rmid_forced".to_owned(), "1".to_owned())].into();
+    let pod = Pod::start(Options {
+        pid: PidNamespace::Pod,
+        user,
+        sysctls,
+        ..Options::default()
+    })
+    .await;
+    let init = pod.status().await.pid;
+    let maps = std::fs::read_to_string(format!("/proc/{init}/uid_map")).unwrap();
+    assert_eq!(
+        maps.split_whitespace().collect::<Vec<_>>(),
+        ["0", "200000", "65536"]
+    );
+    let user = std::fs::metadata(&pod.info[info::USER_NAMESPACE]).unwrap().ino();
+    for key in [info::IPC_NAMESPACE, info::UTS_NAMESPACE, info::PID_NAMESPACE] {
+        let namespace = std::fs::File::open(&pod.info[key]).unwrap();
+        // SAFETY: NS_GET_USERNS, see ioctl_nsfs(2), takes nothing and answers with a descriptor.
+        let owner = unsafe {
+            let fd = libc::ioctl(namespace.as_raw_fd(), 0xb701);
+            assert!(fd >= 0, "{key}: {}", std::io::Error::last_os_error());
+            std::fs::File::from_raw_fd(fd)
+        };
+        assert_eq!(owner.metadata().unwrap().ino(), user, "{key}");
+    }
+}
+
+#[tokio::test]
+async fn sysctls_of_the_node_are_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut pod = Pod::start(Options::default()).await.spec.clone();
+    let id = Id::random().unwrap();
+    let bundle = directory.path().join("pods").join(id.as_str());
+    std::fs::create_dir_all(&bundle).unwrap();
+    let client = Client::connect(&start_shim(&id, &bundle)).await.unwrap();
+    let mut request = sandbox_api::CreateSandboxRequest::new();
+    request.sandbox_id = id.to_string();
+    pod.id = id.clone();
+    for (name, network) in [("kernel.panic", true), ("net.ipv4.ip_forward", false)] {
+        pod.sysctls = [(name.to_owned(), "1".to_owned())].into();
+        pod.namespaces.network = network.then(|| "/proc/self/ns/net".into());
+        request.options = Some(any(POD_SPEC_TYPE, serde_json::to_vec(&pod).unwrap())).into();
+        let error = SandboxClient::new(client.clone())
+            .create_sandbox(ctx(), &request)
+            .await
+            .unwrap_err();
+        assert!(error.to_string().contains(name), "{error}");
+        assert_eq!(code_of::<()>(Err(error)), Code::INVALID_ARGUMENT);
+    }
+    assert!(delete_shim(&id, &bundle).status.success());
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!mounts.contains(directory.path().to_str().unwrap()));
 }
 
 #[tokio::test]
