@@ -2,20 +2,22 @@
 //!
 //! Code map: `reference` (names), `hosts` and `credentials` (configuration), `registry` (the HTTP client),
 //! `manifest` and `image` (documents), `layer` (the only place that knows how a layer lies on disk), `metadata` (the
-//! durable records), `store` (the public verbs), `pull` (what one pull does), `snapshot` (containers' root file
-//! systems).
+//! durable records), `store` (the public verbs), `recover` (what a start does), `pull` and `fetch` (what one pull
+//! does, and each of its layers), `snapshot` (containers' root file systems).
 //!
 //! Below the root directory: `metadata.redb`, `content/<algorithm>-<hex>` (manifests, configurations),
 //! `layers/<short>/fs`, `l/<short>` (short links where many layers must fit into mount options), `leases/<key>`
 //! (image volumes), `empty`, `tmp`.
 //!
 //! Architecture invariants: nothing is visible before its digest was verified and its bytes are on disk; no path
-//! of a layer is ever resolved outside the layer's own directory; a failed pull leaves nothing.
+//! of a layer is ever resolved outside the layer's own directory; a failed pull leaves nothing; only root may enter
+//! the directories (images hold setuid programs).
 
 mod config;
 mod credentials;
 mod digest;
 mod error;
+mod fetch;
 mod hosts;
 mod image;
 mod layer;
@@ -23,6 +25,7 @@ mod manifest;
 mod metadata;
 mod platform;
 mod pull;
+mod recover;
 mod reference;
 mod registry;
 mod snapshot;

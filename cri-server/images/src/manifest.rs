@@ -119,13 +119,12 @@ pub(crate) fn parse(bytes: &[u8], content_type: Option<&str>) -> Result<Content>
 pub(crate) fn choose<'a>(manifests: &'a [Descriptor], platform: &Platform) -> Result<&'a Descriptor> {
     let mut best: Option<(u32, &Descriptor)> = None;
     for manifest in manifests {
-        let Some(rank) = manifest
+        // An entry that names no platform is the last resort, as for containerd.
+        let rank = manifest
             .platform
             .as_ref()
-            .and_then(|theirs| platform.rank(theirs))
-        else {
-            continue;
-        };
+            .map_or(Some(u32::MAX), |theirs| platform.rank(theirs));
+        let Some(rank) = rank else { continue };
         if best.is_none_or(|(found, _)| rank < found) {
             best = Some((rank, manifest));
         }
@@ -226,6 +225,18 @@ mod tests {
             variant: None,
         };
         assert_eq!(choose(&manifests, &platform("amd64")).unwrap().size, 2);
+        let unnamed = Descriptor {
+            platform: None,
+            size: 9,
+            ..manifests[0].clone()
+        };
+        assert_eq!(
+            choose(&[unnamed.clone(), manifests[1].clone()], &platform("amd64"))
+                .unwrap()
+                .size,
+            2
+        );
+        assert_eq!(choose(&[unnamed], &platform("amd64")).unwrap().size, 9);
         let error = choose(&manifests, &platform("riscv64")).unwrap_err().to_string();
         assert!(error.contains("linux/s390x"), "{error}");
     }

@@ -5,33 +5,29 @@
 //! last step: one sync of the file system, then one transaction that records the image with its layers.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io::{self, Read};
-use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 
-use bytes::{Buf, Bytes};
-use tokio::sync::{mpsc, watch};
+use bytes::Bytes;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::credentials::{self, Auth};
 use crate::digest::{Digest, chain_ids};
 use crate::error::{Error, Result};
+use crate::fetch::{Below, Job, Stopped, obtain};
 use crate::hosts;
 use crate::image::{Image, diff_ids, parse_config};
-use crate::layer::{self, Expected, Limits, Merged};
+use crate::layer::{self, Expected};
 use crate::manifest::{self, Content, Descriptor, ImageManifest};
-use crate::metadata::{Changes, ImageRecord, LayerRecord};
+use crate::metadata::{Changes, ImageRecord};
 use crate::reference::{Pick, Reference};
-use crate::registry::{Blob, MAX_DOCUMENT, Manifest, Registry};
-use crate::store::{Inner, blocking, remove_tree};
+use crate::registry::{MAX_DOCUMENT, Manifest, Registry};
+use crate::store::{Inner, blocking};
 
 type Key = (Reference, Option<Auth>);
 type Outcome = Option<Result<Arc<Image>>>;
 /// Attempts others can join.
 pub(crate) type InFlight = HashMap<Key, watch::Receiver<Outcome>>;
-
-/// Transferred pieces that may wait for the unpacker.
-const PIPE: usize = 16;
 
 /// Waits for the attempt in flight, starting one where there is none.
 pub(crate) async fn join(inner: &Arc<Inner>, reference: Reference, auth: Option<Auth>) -> Result<Arc<Image>> {
@@ -113,7 +109,9 @@ async fn pull(inner: &Arc<Inner>, reference: &Reference, auth: Option<&Auth>) ->
         Err(error) => Err(error),
     };
     drop(pins);
-    if result.is_err() {
+    if let Ok(image) = &result {
+        tracing::info!(image = %reference, id = %image.id, bytes = image.size, "pulled");
+    } else {
         let _changes = inner.changes.lock().await;
         if let Err(error) = inner.collect_layers().await {
             tracing::warn!(image = %reference, %error, "layers of a failed pull cannot be removed");
@@ -151,12 +149,6 @@ struct Target {
     /// Documents to keep, by digest.
     documents: BTreeMap<Digest, Bytes>,
     layers: Vec<Job>,
-}
-
-/// One layer to have.
-struct Job {
-    chain_id: String,
-    expected: Expected,
 }
 
 impl Target {
@@ -393,208 +385,4 @@ fn check_size(descriptor: &Descriptor, bytes: &[u8], what: &str) -> Result<()> {
         expected: format!("{} bytes", descriptor.size),
         actual: format!("{} bytes", bytes.len()),
     })
-}
-
-/// Why a layer is not there.
-enum Stopped {
-    Failed(Error),
-    /// Another layer of the image failed.
-    ByOther,
-}
-
-impl From<Error> for Stopped {
-    fn from(error: Error) -> Self {
-        Self::Failed(error)
-    }
-}
-
-/// The layers below, and for each the signal that it is complete.
-struct Below<'a> {
-    jobs: &'a [Job],
-    ready: &'a [watch::Sender<bool>],
-}
-
-/// Right to unpack a layer; others wait until it is dropped.
-struct Claim {
-    inner: Arc<Inner>,
-    chain_id: String,
-    _done: watch::Sender<()>,
-}
-
-impl Drop for Claim {
-    fn drop(&mut self) {
-        self.inner.state().unpacking.remove(&self.chain_id);
-    }
-}
-
-/// Has one layer complete and pinned, by its own work or by another pull's.
-async fn obtain(
-    inner: &Arc<Inner>,
-    registry: &Registry,
-    job: &Job,
-    below: Below<'_>,
-    stop: &CancellationToken,
-) -> std::result::Result<(), Stopped> {
-    let claim = loop {
-        let mut other = {
-            let mut state = inner.state();
-            if state.layers.contains_key(&job.chain_id) {
-                *state.pins.entry(job.chain_id.clone()).or_default() += 1;
-                return Ok(());
-            }
-            match state.unpacking.get(&job.chain_id) {
-                Some(other) => other.clone(),
-                None => {
-                    let (done, waiting) = watch::channel(());
-                    state.unpacking.insert(job.chain_id.clone(), waiting);
-                    break Claim {
-                        inner: inner.clone(),
-                        chain_id: job.chain_id.clone(),
-                        _done: done,
-                    };
-                }
-            }
-        };
-        tokio::select! {
-            _ = other.changed() => {}
-            () = stop.cancelled() => return Err(Stopped::ByOther),
-        }
-    };
-    let name = inner.fresh_name();
-    let result = fetch(inner, registry, job, &name, below, stop).await;
-    if result.is_err() {
-        let aside = inner.config.root.join("tmp").join(&name);
-        if let Err(error) = blocking(move || remove_tree(&aside)).await {
-            tracing::warn!(%error, "a layer that failed cannot be removed");
-        }
-    }
-    let record = result?;
-    let mut state = inner.state();
-    state.layers.insert(job.chain_id.clone(), record);
-    *state.pins.entry(job.chain_id.clone()).or_default() += 1;
-    // The claim ends after the layer is listed; its drop takes the lock.
-    drop(state);
-    drop(claim);
-    Ok(())
-}
-
-async fn fetch(
-    inner: &Arc<Inner>,
-    registry: &Registry,
-    job: &Job,
-    name: &str,
-    below: Below<'_>,
-    stop: &CancellationToken,
-) -> std::result::Result<LayerRecord, Stopped> {
-    let aside = inner.config.root.join("tmp").join(name);
-    let root = aside.join("fs");
-    let (unpacked, bytes, inodes) = {
-        let _permit = tokio::select! {
-            permit = inner.downloads.acquire() => {
-                permit.map_err(|_| Error::Internal("the download permits are gone".into()))?
-            }
-            () = stop.cancelled() => return Err(Stopped::ByOther),
-        };
-        let (sender, receiver) = mpsc::channel(PIPE);
-        let unpacker = tokio::task::spawn_blocking({
-            let (aside, root, expected) = (aside.clone(), root.clone(), job.expected.clone());
-            move || -> Result<(layer::Unpacked, u64, u64)> {
-                std::fs::create_dir(&aside).map_err(|e| Error::io(format!("make {}", aside.display()), e))?;
-                let pipe = Pipe {
-                    receiver,
-                    current: Bytes::new(),
-                };
-                let unpacked = layer::unpack_blob(pipe, &expected, &root, Limits::default())?;
-                let (bytes, inodes) = layer::disk_usage(&root)?;
-                Ok((unpacked, bytes, inodes))
-            }
-        });
-        let transfer = transfer(registry.blob(&job.expected.blob, job.expected.size), sender, stop).await;
-        // The unpacker's task always ends before the layer's directory is touched again.
-        let unpacked = unpacker
-            .await
-            .map_err(|error| Error::Internal(format!("unpacking failed: {error}")))?;
-        if let Err(Stopped::ByOther) = transfer {
-            return Err(Stopped::ByOther);
-        }
-        unpacked?
-    };
-    if !below.jobs.is_empty() && !unpacked.implied.is_empty() {
-        for ready in below.ready {
-            let mut ready = ready.subscribe();
-            tokio::select! {
-                _ = ready.wait_for(|ready| *ready) => {}
-                () = stop.cancelled() => return Err(Stopped::ByOther),
-            }
-        }
-        let chain_ids: Vec<String> = below.jobs.iter().map(|job| job.chain_id.clone()).collect();
-        let lower = {
-            let state = inner.state();
-            inner.lower_directories(&state, &chain_ids)?
-        };
-        let (root, implied) = (root.clone(), unpacked.implied);
-        blocking(move || {
-            let below = Merged::open(lower.iter().map(PathBuf::as_path))?;
-            layer::inherit(&root, &implied, &below)
-        })
-        .await?;
-    }
-    let place = inner.config.root.join("layers").join(name);
-    std::fs::rename(&aside, &place).map_err(|error| Error::io(format!("make {}", place.display()), error))?;
-    Ok(LayerRecord {
-        name: name.to_owned(),
-        diff_id: job.expected.diff_id.to_string(),
-        bytes,
-        inodes,
-        opaque_root: unpacked.opaque_root,
-        empty: unpacked.empty,
-    })
-}
-
-/// Moves a blob into the unpacker. A failure travels through the pipe and comes back as the unpacker's error.
-async fn transfer(
-    mut blob: Blob<'_>,
-    sender: mpsc::Sender<Result<Bytes>>,
-    stop: &CancellationToken,
-) -> std::result::Result<(), Stopped> {
-    loop {
-        let piece = tokio::select! {
-            piece = blob.next() => piece,
-            // The unpacker has failed; its error says why.
-            () = sender.closed() => return Ok(()),
-            () = stop.cancelled() => {
-                // Without this the unpacker would take the end of the pipe for the end of the blob.
-                let _ = sender.send(Err(Error::Internal("stopped".into()))).await;
-                return Err(Stopped::ByOther);
-            }
-        };
-        let Some(piece) = piece.transpose() else {
-            return Ok(());
-        };
-        let last = piece.is_err();
-        if sender.send(piece).await.is_err() || last {
-            return Ok(());
-        }
-    }
-}
-
-/// The unpacker's end of the transfer.
-struct Pipe {
-    receiver: mpsc::Receiver<Result<Bytes>>,
-    current: Bytes,
-}
-
-impl Read for Pipe {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        while self.current.is_empty() {
-            match self.receiver.blocking_recv() {
-                None => return Ok(0),
-                Some(Ok(piece)) => self.current = piece,
-                Some(Err(error)) => return Err(io::Error::other(error)),
-            }
-        }
-        let count = buffer.len().min(self.current.len());
-        self.current.copy_to_slice(&mut buffer[..count]);
-        Ok(count)
-    }
 }

@@ -203,7 +203,6 @@ fn make_upper(upper: &Path, top: Option<&PathBuf>) -> std::io::Result<()> {
 }
 
 pub(crate) async fn release(inner: &Arc<Inner>, key: &str) -> Result<()> {
-    let _changes = inner.changes.lock().await;
     let Some(lease) = inner.state().leases.get(key).cloned() else {
         return Ok(());
     };
@@ -223,8 +222,16 @@ pub(crate) async fn release(inner: &Arc<Inner>, key: &str) -> Result<()> {
     };
     removed?;
     // From here on the lease is gone for a restart too.
-    inner.state().leases.remove(key);
+    let last_use = {
+        let mut state = inner.state();
+        state.leases.remove(key);
+        lease.layers.iter().any(|chain_id| !state.is_live(chain_id))
+    };
     let cleared = blocking(move || remove_tree(&gone)).await;
+    if !last_use {
+        return cleared;
+    }
+    let _changes = inner.changes.lock().await;
     inner.collect_layers().await.and(cleared)
 }
 

@@ -7,7 +7,8 @@
 //! Locks: `state` is held briefly and never across a wait; `changes` (async) orders the changes of records and of
 //! the directories that belong to them, and is taken first.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -289,7 +290,7 @@ impl State {
         }
     }
 
-    fn is_live(&self, chain_id: &String) -> bool {
+    pub(crate) fn is_live(&self, chain_id: &String) -> bool {
         self.pins.contains_key(chain_id)
             || self
                 .images
@@ -324,6 +325,11 @@ impl Inner {
             make_directory(&config.root.join(name))?;
         }
         make_directory(&config.snapshots)?;
+        // Layers hold setuid programs that only containers may run.
+        for path in [&config.root, &config.snapshots] {
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o700))
+                .map_err(|error| Error::io(format!("set mode of {}", path.display()), error))?;
+        }
         let (metadata, records) = Metadata::open(&config.root.join(METADATA))?;
         clear(&config.root.join("tmp"))?;
         let downloads = Semaphore::new(config.max_parallel_downloads.max(1));
@@ -339,85 +345,6 @@ impl Inner {
         };
         inner.recover(records)?;
         Ok(inner)
-    }
-
-    /// Takes over what is complete and removes the rest.
-    fn recover(&self, records: crate::metadata::Records) -> Result<()> {
-        let mut changes = Changes::default();
-        let mut state = self.state();
-        let mut highest = 0;
-        for (chain_id, record) in records.layers {
-            highest = highest.max(u64::from_str_radix(&record.name, 36).unwrap_or(0));
-            if self.layer_directory(&record).is_dir() {
-                state.layers.insert(chain_id, record);
-            } else {
-                tracing::warn!(%chain_id, "layer is recorded and its directory is gone");
-                changes.delete_layers.push(chain_id);
-            }
-        }
-        self.next.store(highest + 1, Ordering::Relaxed);
-        for (id, record) in records.images {
-            match self.load_image(&state, &id, &record) {
-                Ok(image) => drop(state.images.insert(id, (record, Arc::new(image)))),
-                Err(error) => {
-                    tracing::warn!(%id, %error, "image is incomplete and dropped");
-                    changes.delete_images.push(id);
-                }
-            }
-        }
-        state.leases = crate::snapshot::recover(&self.config)?;
-        let dead: Vec<String> = state
-            .layers
-            .keys()
-            .filter(|id| !state.is_live(id))
-            .cloned()
-            .collect();
-        for chain_id in dead {
-            state.layers.remove(&chain_id);
-            changes.delete_layers.push(chain_id);
-        }
-        if !changes.delete_images.is_empty() || !changes.delete_layers.is_empty() {
-            self.metadata.write(&changes)?;
-        }
-        let names: BTreeSet<&str> = state.layers.values().map(|record| record.name.as_str()).collect();
-        for name in names_in(&self.config.root.join("layers"))? {
-            if !names.contains(name.as_str()) {
-                remove_tree(&self.config.root.join("layers").join(&name))?;
-            }
-        }
-        for name in names_in(&self.config.root.join("l"))? {
-            if !names.contains(name.as_str()) {
-                remove_file(&self.config.root.join("l").join(&name))?;
-            }
-        }
-        let content: BTreeSet<&String> = state
-            .images
-            .values()
-            .flat_map(|(record, _)| record.content.keys())
-            .collect();
-        for name in names_in(&self.config.root.join("content"))? {
-            if !content.contains(&name.replacen('-', ":", 1)) {
-                remove_file(&self.config.root.join("content").join(&name))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Builds an image from its record; every part must be there.
-    fn load_image(&self, state: &State, id: &str, record: &ImageRecord) -> Result<Image> {
-        let digest = Digest::parse(id).ok_or_else(|| Error::NotFound(format!("image {id:?}")))?;
-        let path = self.content_path(&digest);
-        let config =
-            std::fs::read(&path).map_err(|error| Error::io(format!("read {}", path.display()), error))?;
-        let actual = digest.of_same_kind(&config);
-        if actual != digest {
-            return Err(Error::DigestMismatch {
-                what: "image configuration".into(),
-                expected: digest.to_string(),
-                actual: actual.to_string(),
-            });
-        }
-        self.image(state, id, record, &config)
     }
 
     pub(crate) fn image(
@@ -440,6 +367,11 @@ impl Inner {
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sets the number of the next fresh name.
+    pub(crate) fn count_from(&self, number: u64) {
+        self.next.store(number, Ordering::Relaxed);
     }
 
     /// A short name no other directory of this store has.
@@ -565,10 +497,9 @@ impl Inner {
 }
 
 fn make_directory(path: &Path) -> Result<()> {
-    use std::os::unix::fs::DirBuilderExt;
     std::fs::DirBuilder::new()
         .recursive(true)
-        .mode(0o711)
+        .mode(0o700)
         .create(path)
         .map_err(|error| Error::io(format!("make directory {}", path.display()), error))
 }

@@ -255,3 +255,19 @@ async fn one_store_at_a_time() {
     let _store = place.open().await;
     assert!(ImageStore::open(place.config()).await.is_err());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_root_enters_the_store() {
+    let place = Place::new();
+    for directory in [place.config().root, place.config().snapshots] {
+        std::fs::create_dir_all(&directory).unwrap();
+        std::fs::set_permissions(&directory, std::fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let _store = place.open().await;
+    for directory in [place.config().root, place.config().snapshots] {
+        assert_eq!(
+            std::fs::metadata(directory).unwrap().permissions().mode() & 0o7777,
+            0o700
+        );
+    }
+}

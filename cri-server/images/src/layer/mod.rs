@@ -2,6 +2,8 @@
 //! Images of a layer (EROFS) will replace it behind these functions.
 
 mod merged;
+#[cfg(test)]
+mod properties;
 mod rooted;
 mod tar_reader;
 #[cfg(test)]

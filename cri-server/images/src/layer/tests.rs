@@ -5,16 +5,15 @@ use std::io::Write;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use proptest::prelude::*;
 use tar::{Builder, EntryType, Header};
 
 use super::*;
 
 /// An archive under construction; names go in unchecked.
-struct Archive(Builder<Vec<u8>>);
+pub(super) struct Archive(Builder<Vec<u8>>);
 
 impl Archive {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self(Builder::new(Vec::new()))
     }
 
@@ -36,26 +35,26 @@ impl Archive {
         header.set_cksum();
     }
 
-    fn add(mut self, kind: EntryType, path: &str, link: &str, mode: u32, data: &[u8]) -> Self {
+    pub(super) fn add(mut self, kind: EntryType, path: &str, link: &str, mode: u32, data: &[u8]) -> Self {
         let mut header = Self::header(kind, data.len() as u64, mode);
         Self::name(&mut header, path, link);
         self.0.append(&header, data).unwrap();
         self
     }
 
-    fn dir(self, path: &str, mode: u32) -> Self {
+    pub(super) fn dir(self, path: &str, mode: u32) -> Self {
         self.add(EntryType::Directory, path, "", mode, b"")
     }
 
-    fn file(self, path: &str, data: &str) -> Self {
+    pub(super) fn file(self, path: &str, data: &str) -> Self {
         self.add(EntryType::Regular, path, "", 0o644, data.as_bytes())
     }
 
-    fn symlink(self, path: &str, target: &str) -> Self {
+    pub(super) fn symlink(self, path: &str, target: &str) -> Self {
         self.add(EntryType::Symlink, path, target, 0o777, b"")
     }
 
-    fn link(self, path: &str, target: &str) -> Self {
+    pub(super) fn link(self, path: &str, target: &str) -> Self {
         self.add(EntryType::Link, path, target, 0o644, b"")
     }
 
@@ -64,7 +63,7 @@ impl Archive {
         self
     }
 
-    fn bytes(self) -> Vec<u8> {
+    pub(super) fn bytes(self) -> Vec<u8> {
         self.0.into_inner().unwrap()
     }
 }
@@ -78,12 +77,12 @@ fn expected(blob: &[u8], plain: &[u8]) -> Expected {
 }
 
 /// A directory with the layer at `layer` and, beside it, something that must not change.
-struct Place {
-    dir: tempfile::TempDir,
+pub(super) struct Place {
+    pub(super) dir: tempfile::TempDir,
 }
 
 impl Place {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         assert!(rustix::process::geteuid().is_root(), "these tests need root");
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("outside"), "untouched").unwrap();
@@ -91,20 +90,20 @@ impl Place {
         Self { dir }
     }
 
-    fn layer(&self) -> PathBuf {
+    pub(super) fn layer(&self) -> PathBuf {
         self.dir.path().join("layer")
     }
 
-    fn unpack(&self, archive: &[u8]) -> Result<Unpacked> {
+    pub(super) fn unpack(&self, archive: &[u8]) -> Result<Unpacked> {
         self.unpack_within(archive, Limits::default())
     }
 
-    fn unpack_within(&self, archive: &[u8], limits: Limits) -> Result<Unpacked> {
+    pub(super) fn unpack_within(&self, archive: &[u8], limits: Limits) -> Result<Unpacked> {
         unpack_blob(archive, &expected(archive, archive), &self.layer(), limits)
     }
 
     /// What lies outside the layer, with its times.
-    fn outside(&self) -> BTreeMap<PathBuf, (u64, i64, u32, Vec<u8>)> {
+    pub(super) fn outside(&self) -> BTreeMap<PathBuf, (u64, i64, u32, Vec<u8>)> {
         let mut seen = BTreeMap::new();
         for entry in std::fs::read_dir(self.dir.path()).unwrap() {
             let path = entry.unwrap().path();
@@ -571,102 +570,4 @@ fn the_union_hides_what_is_whited_out_and_never_leaves_the_image() {
     let alone = Merged::open([lower.layer().as_path()]).unwrap();
     assert_eq!(alone.read_file("abs", 10).unwrap().as_deref(), Some(&b"x"[..]));
     assert_eq!(alone.read_file("evil", 10).unwrap(), None);
-}
-
-/// Names that meet each other often, and try to leave.
-fn any_name() -> impl Strategy<Value = String> {
-    let part = prop_oneof![
-        8 => prop::sample::select(vec!["a", "b", "c"]).prop_map(str::to_owned),
-        1 => prop::sample::select(vec!["..", ".", "", ".wh.a", ".wh..wh..opq", ".wh..", "outside", "outdir"])
-            .prop_map(str::to_owned),
-    ];
-    prop::collection::vec(part, 1..5).prop_map(|parts| parts.join("/"))
-}
-
-fn any_target() -> impl Strategy<Value = String> {
-    prop_oneof![
-        any_name(),
-        any_name().prop_map(|name| format!("/{name}")),
-        any_name().prop_map(|name| format!("../{name}")),
-        Just("../outdir".to_owned()),
-        Just("../../..".to_owned()),
-        Just("/".to_owned()),
-    ]
-}
-
-fn any_archive() -> impl Strategy<Value = Vec<(u8, String, String)>> {
-    prop::collection::vec((0u8..6, any_name(), any_target()), 1..25)
-}
-
-fn build(entries: &[(u8, String, String)]) -> Vec<u8> {
-    let mut archive = Archive::new();
-    for (kind, name, target) in entries {
-        archive = match kind {
-            0 => archive.dir(name, 0o755),
-            1 | 2 => archive.file(name, "written by the archive"),
-            3 => archive.symlink(name, target),
-            4 => archive.link(name, target),
-            _ => archive.add(EntryType::Fifo, name, "", 0o600, b""),
-        };
-    }
-    archive.bytes()
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
-
-    #[test]
-    fn nothing_outside_ever_changes(entries in any_archive()) {
-        let place = Place::new();
-        let before = place.outside();
-        let root = std::fs::metadata(place.dir.path()).unwrap().mode();
-        let result = place.unpack(&build(&entries));
-        prop_assert_eq!(place.outside(), before);
-        prop_assert_eq!(std::fs::metadata(place.dir.path()).unwrap().mode(), root);
-        prop_assert_eq!(std::fs::read_dir(place.dir.path().join("outdir")).unwrap().count(), 0);
-        if let Err(error) = result {
-            prop_assert!(matches!(error, Error::Hostile(_)), "{:?}", error);
-        } else {
-            // What was unpacked can be measured and read as a union.
-            disk_usage(&place.layer()).unwrap();
-            let merged = Merged::open([place.layer().as_path()]).unwrap();
-            for (_, name, _) in &entries {
-                let read = merged.read_file(name, 100).unwrap_or_default();
-                prop_assert!(read.is_none_or(|bytes| bytes == b"written by the archive"));
-            }
-        }
-    }
-
-    #[test]
-    fn mangled_bytes_are_refused_or_harmless(
-        entries in any_archive(),
-        damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..20),
-        cut in prop::option::of(any::<prop::sample::Index>()),
-        fix_checksums in any::<bool>(),
-    ) {
-        let mut bytes = build(&entries);
-        for (index, byte) in damage {
-            let at = index.index(bytes.len());
-            bytes[at] = byte;
-        }
-        if let Some(cut) = cut {
-            bytes.truncate(cut.index(bytes.len()));
-        }
-        if fix_checksums {
-            // Otherwise nearly all damage ends at the checksum.
-            for block in bytes.chunks_exact_mut(512) {
-                let mut header = Header::from_byte_slice(block).clone();
-                header.set_cksum();
-                block.copy_from_slice(header.as_bytes());
-            }
-        }
-        let place = Place::new();
-        let before = place.outside();
-        let limits = Limits { entries: 1000, bytes: 16 << 20 };
-        let result = place.unpack_within(&bytes, limits);
-        prop_assert_eq!(place.outside(), before);
-        if let Err(error) = result {
-            prop_assert!(matches!(error, Error::Hostile(_) | Error::Io { .. }), "{:?}", error);
-        }
-    }
 }
