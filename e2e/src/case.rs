@@ -81,7 +81,15 @@ impl<'a> Case<'a> {
     /// # Errors
     /// RunPodSandbox failed.
     pub fn run_pod(&self, request: &Request) -> Result<Pod> {
-        let pod = self.node.run_pod(self.handler.name(), request)?;
+        self.run_pod_under(self.handler.name(), request)
+    }
+
+    /// Runs a pod under a handler that is not the case's.
+    ///
+    /// # Errors
+    /// RunPodSandbox failed.
+    pub fn run_pod_under(&self, handler: &str, request: &Request) -> Result<Pod> {
+        let pod = self.node.run_pod(handler, request)?;
         self.pods
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

@@ -122,7 +122,7 @@ pub fn prepare(flavour: Flavour, layout: &Layout, settings: &Settings) -> Result
 
 fn catamaran(layout: &Layout, settings: &Settings) -> Result<Command> {
     let mut config = json!({
-        "log": "debug",
+        "log": "info,catamaran=debug",
         "cgroup_parent": settings.cgroup_parent,
         "handlers": settings.handlers,
         "network": {

@@ -1,6 +1,7 @@
 //! What a daemon and its pods may leave behind, looked for in the kernel's own lists: processes, mounts,
 //! network namespaces, cgroups, links, leases, packet filter rules, sockets, bundles.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -169,6 +170,53 @@ fn rules(subnet: &Subnet) -> Result<Vec<String>> {
     Ok(text.lines().filter(named).map(ToOwned::to_owned).collect())
 }
 
+/// Removes the rules and chains of the network that a failed or killed test run left, so that they are not
+/// taken for this one's.
+///
+/// # Errors
+/// iptables cannot be run.
+pub(crate) fn remove_rules(subnet: &Subnet) -> Result<()> {
+    let left = rules(subnet)?;
+    if left.is_empty() {
+        return Ok(());
+    }
+    let (mut script, mut chains) = (String::from("*nat\n"), BTreeSet::new());
+    for rule in left {
+        let Some(rule) = rule.strip_prefix("-A ") else {
+            continue;
+        };
+        // A chain made for one attachment is flushed as a whole; elsewhere only the rule goes.
+        match rule.split(' ').next() {
+            Some(chain) if chain.starts_with("CNI-") && !chain.contains("HOSTPORT") => {}
+            _ => script.push_str(&format!("-D {rule}\n")),
+        }
+        chains.extend(
+            rule.split(' ')
+                .filter(|w| w.starts_with("CNI-") && !w.contains("HOSTPORT"))
+                .map(str::to_owned),
+        );
+        chains.extend(
+            rule.split(' ')
+                .filter(|w| w.starts_with("CNI-DN-"))
+                .map(str::to_owned),
+        );
+    }
+    for step in ["-F", "-X"] {
+        script.extend(chains.iter().map(|chain| format!("{step} {chain}\n")));
+    }
+    script.push_str("COMMIT\n");
+    let file = std::env::temp_dir().join(format!("{}-rules-{}", subnet.name(), std::process::id()));
+    std::fs::write(&file, script)?;
+    let restore = process::succeed(
+        Command::new(binary("iptables-restore"))
+            .arg("--noflush")
+            .arg(&file),
+        Duration::from_secs(10),
+    );
+    std::fs::remove_file(&file)?;
+    restore.map(drop)
+}
+
 fn binary(name: &str) -> PathBuf {
     crate::binaries::system(name).unwrap_or_else(|_| name.into())
 }
@@ -199,6 +247,9 @@ pub(crate) fn sweep(layout: &Layout, subnet: &Subnet) {
     }
     for hierarchy in hierarchies() {
         remove_cgroup(&hierarchy.join(subnet.name()));
+    }
+    if let Err(error) = remove_rules(subnet) {
+        eprintln!("packet filter rules of {} stay: {error:#}", subnet.name());
     }
 }
 

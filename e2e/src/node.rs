@@ -28,7 +28,7 @@ pub struct Options {
     pub handlers: Vec<(String, Value)>,
     /// Further top-level keys of Catamaran's configuration.
     pub overrides: Vec<(String, Value)>,
-    /// A CNI plugin put behind the usual ones, and the directory of its binary.
+    /// A CNI plugin put behind the usual ones, and its binary.
     pub last_plugin: Option<(Value, PathBuf)>,
     /// No conflist is installed: the daemon's embedded default network is used.
     pub no_conflist: bool,
@@ -81,6 +81,7 @@ impl Node {
         let base = tempfile::Builder::new().prefix("cte-").tempdir_in("/tmp")?;
         let mut layout = Layout::create(base.path())?;
         let subnet = Subnet::claim()?;
+        leaks::remove_rules(&subnet)?;
         let registry = Registry::start(&base.path().join("registry"))?;
         let busybox = registry.push("busybox:1", &image::busybox()?)?;
         let mut settings = Settings {
@@ -107,10 +108,16 @@ impl Node {
             let guest = options.guest.map_or_else(binaries::guest_directory, Ok)?;
             std::os::unix::fs::symlink(guest, layout.root.join("guest"))?;
         }
-        let last = options.last_plugin.map(|(plugin, directory)| {
-            layout.cni_bins.push(directory);
-            plugin
-        });
+        let last = match options.last_plugin {
+            Some((plugin, binary)) => {
+                // One directory for all: containerd 1.6 knows no second.
+                let directory = base.path().join("cni-bin");
+                link_plugins(&layout.cni_bins, &binary, &directory)?;
+                layout.cni_bins = vec![directory];
+                Some(plugin)
+            }
+            None => None,
+        };
         if options.no_conflist {
             let network = json!({
                 "conf_dir": layout.cni, "bin_dirs": layout.cni_bins, "plugin_timeout_seconds": 20,
@@ -168,6 +175,19 @@ impl Node {
 
     fn daemon(&self) -> std::sync::MutexGuard<'_, Option<Service>> {
         self.daemon.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts the daemon where a case that failed has left it dead.
+    ///
+    /// # Errors
+    /// As [`Self::start_daemon`].
+    pub fn ensure_daemon(&self) -> Result<()> {
+        let running = self.daemon().is_some() && UnixStream::connect(&self.layout.socket).is_ok();
+        if running {
+            return Ok(());
+        }
+        drop(self.daemon().take());
+        self.start_daemon()
     }
 
     /// Ends the daemon at once, as a crash would.
@@ -368,6 +388,18 @@ impl Drop for Node {
         }
         let _ = self.subnet.remove_bridge();
     }
+}
+
+fn link_plugins(from: &[PathBuf], further: &Path, to: &Path) -> Result<()> {
+    std::fs::create_dir_all(to)?;
+    let installed = from
+        .iter()
+        .flat_map(|directory| std::fs::read_dir(directory).into_iter().flatten().flatten());
+    for plugin in installed.map(|entry| entry.path()).chain([further.to_owned()]) {
+        let name = plugin.file_name().context("a plugin without a name")?;
+        std::os::unix::fs::symlink(&plugin, to.join(name)).with_context(|| plugin.display().to_string())?;
+    }
+    Ok(())
 }
 
 fn log_files(directory: &Path) -> Vec<PathBuf> {

@@ -199,6 +199,9 @@ fn run_one(flavour: Flavour, node: &Result<Node, String>, entry: &Entry) -> Outc
         Ok(node) => node,
         Err(error) => return Outcome::Failed(format!("the node did not start: {error}")),
     };
+    if let Err(error) = node.ensure_daemon() {
+        return Outcome::Failed(format!("the daemon is not running and does not start: {error:#}"));
+    }
     let case = Case::new(node, entry.handler, &entry.name);
     let result = catch_unwind(AssertUnwindSafe(|| (entry.body)(&case)));
     let diagnostics = node.diagnostics();

@@ -210,9 +210,9 @@ fn exec(t: &Case<'_>) -> Result<()> {
     ensure!(both.stdout == "out\n\nerr\n\n", "{both:?}");
     let missing = t.exec(&id, &["/no/such/program"])?;
     ensure!(missing.code != 0, "{missing:?}");
-    let big = t.exec(&id, &["sh", "-c", "head -c 3000000 /dev/zero | tr '\\0' y"])?;
+    let big = t.exec(&id, &["sh", "-c", "head -c 1500000 /dev/zero | tr '\\0' y"])?;
     let bytes = big.stdout.trim_end().len();
-    ensure!(bytes == 3_000_000, "{bytes} of 3000000 bytes");
+    ensure!(bytes == 1_500_000, "{bytes} of 1500000 bytes");
     t.node.crictl.ok(&["stop", "-t", "5", &id])?;
     let stopped = t.exec(&id, &["true"])?;
     ensure!(stopped.code != 0, "exec in a stopped container: {stopped:?}");

@@ -1,0 +1,383 @@
+//! What the daemon calls fails, hangs or talks nonsense: a CNI plugin, an OCI runtime, a guest kernel. Each gives
+//! a clear error, leaves nothing behind, and the next pod works.
+
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use catamaran_e2e::binaries;
+use catamaran_e2e::case::Case;
+use catamaran_e2e::failpoint::{self, Action};
+use catamaran_e2e::node::{Node, Options};
+use catamaran_e2e::suite::{Handler::Runc, Handler::Runv, Suite};
+use serde_json::{Value, json};
+
+fn main() -> ExitCode {
+    Suite::new(options)
+        .serial()
+        .both("a_cni_plugin_that_fails", cni_fails)
+        .both("a_cni_plugin_that_hangs", cni_hangs)
+        .one(Runc, "a_cni_plugin_that_prints_garbage", cni_garbage)
+        .one(Runc, "a_cni_plugin_whose_del_fails_once", cni_del_fails)
+        .one(Runc, "a_cni_plugin_that_is_not_installed", cni_missing)
+        .one(Runc, "a_runtime_that_fails", runtime_fails)
+        .one(Runc, "a_runtime_that_hangs_in_create", runtime_hangs)
+        .one(Runc, "a_runtime_that_is_not_installed", runtime_missing)
+        .one(Runv, "a_kernel_that_is_none", garbage_kernel)
+        .one(Runv, "a_kernel_without_an_agent", no_agent)
+        .one(Runv, "a_guest_that_was_never_built", no_guest)
+        .one(Runv, "a_vm_that_is_killed", vm_killed)
+        .one(Runc, "a_shim_that_is_killed", shim_killed)
+        .one(Runv, "a_vm_shim_that_is_killed", shim_killed)
+        .main()
+}
+
+/// Where the fault programs of this run look for what to do; one suite runs at a time in a process.
+fn control(kind: &str) -> PathBuf {
+    std::env::temp_dir().join(format!("catamaran-e2e-faults-{}-{kind}", std::process::id()))
+}
+
+fn options() -> Result<Options> {
+    let plugin = binaries::ours("fault-cni")?;
+    let runtime = json!({
+        "type": "oci", "binary": binaries::ours("fault-runtime")?,
+        "args": [format!("--control={}", control("runtime").display())],
+    });
+    Ok(Options {
+        last_plugin: Some((json!({"type": "fault-cni", "control": control("cni")}), plugin)),
+        handlers: vec![
+            ("fault".into(), runtime),
+            (
+                "absent".into(),
+                json!({"type": "oci", "binary": "/no/such/runtime"}),
+            ),
+        ],
+        ..Options::default()
+    })
+}
+
+/// Ends the faults also where a case fails.
+struct Faults(PathBuf);
+
+impl Faults {
+    fn set(kind: &str, verb: &str, call: u32, action: Action) -> Result<Self> {
+        let control = control(kind);
+        failpoint::set(&control, verb, call, action)?;
+        Ok(Self(control))
+    }
+}
+
+impl Drop for Faults {
+    fn drop(&mut self) {
+        let _ = failpoint::clear(&self.0);
+    }
+}
+
+/// A failed pod left nothing, its name is free, and the same request works now.
+fn works_again(t: &Case<'_>, handler: &str, request: &catamaran_e2e::requests::Request) -> Result<()> {
+    let left = t.node.wait_for_no_leaks(Duration::from_secs(20))?;
+    ensure!(left.is_empty(), "left behind: {left:#?}");
+    let pod = t.run_pod_under(handler, request)?;
+    let logs = t.run_script(&pod, "after", "echo works")?;
+    ensure!(logs == "works\n", "{logs}");
+    t.node.remove_pod(&pod.id)
+}
+
+fn cni_fails(t: &Case<'_>) -> Result<()> {
+    let request = t.pod_request();
+    let faults = Faults::set("cni", "ADD", 1, Action::Fail)?;
+    let message = t.node.run_pod_fails(t.handler.name(), &request)?;
+    for word in ["fault-cni", "scripted fault"] {
+        ensure!(message.contains(word), "{word} is not in {message}");
+    }
+    drop(faults);
+    works_again(t, t.handler.name(), &request)
+}
+
+fn cni_hangs(t: &Case<'_>) -> Result<()> {
+    if !t.ours() {
+        return Err(catamaran_e2e::suite::Skip("containerd has no limit on plugins".to_owned()).into());
+    }
+    let request = t.pod_request();
+    let faults = Faults::set("cni", "ADD", 1, Action::Hang)?;
+    let begun = Instant::now();
+    let message = t.node.run_pod_fails(t.handler.name(), &request)?;
+    // plugin_timeout_seconds is 20 here.
+    ensure!(
+        begun.elapsed() < Duration::from_secs(60),
+        "took {:?}",
+        begun.elapsed()
+    );
+    ensure!(message.contains("fault-cni"), "{message}");
+    drop(faults);
+    works_again(t, t.handler.name(), &request)
+}
+
+fn cni_garbage(t: &Case<'_>) -> Result<()> {
+    let request = t.pod_request();
+    let faults = Faults::set("cni", "ADD", 1, Action::Garbage)?;
+    let message = t.node.run_pod_fails("runc", &request)?;
+    ensure!(message.contains("fault-cni") || !t.ours(), "{message}");
+    drop(faults);
+    works_again(t, "runc", &request)
+}
+
+fn cni_del_fails(t: &Case<'_>) -> Result<()> {
+    let request = t.pod_request();
+    let pod = t.run_pod(&request)?;
+    let faults = Faults::set("cni", "DEL", 1, Action::Fail)?;
+    // The failure is either reported, and the next try does it, or is put right beside the answer.
+    let stopped = t.node.crictl.run(&["stopp", &pod.id])?;
+    if stopped.code != 0 {
+        ensure!(stopped.stderr.contains("scripted fault"), "{}", stopped.stderr);
+        t.node.crictl.ok(&["stopp", &pod.id])?;
+    }
+    t.node.crictl.ok(&["rmp", &pod.id])?;
+    drop(faults);
+    works_again(t, "runc", &request)
+}
+
+fn cni_missing(t: &Case<'_>) -> Result<()> {
+    let file = t.node.layout.cni.join("10-e2e.conflist");
+    let good = std::fs::read_to_string(&file)?;
+    let mut broken: Value = serde_json::from_str(&good)?;
+    broken["plugins"][0]["type"] = json!("no-such-plugin");
+    std::fs::write(&file, broken.to_string())?;
+    let request = t.pod_request();
+    let message = t.eventually(Duration::from_secs(10), || {
+        let message = t.node.run_pod_fails("runc", &request)?;
+        ensure!(message.contains("no-such-plugin"), "{message}");
+        Ok(message)
+    });
+    std::fs::write(&file, good)?;
+    message?;
+    t.eventually(Duration::from_secs(10), || works_again(t, "runc", &request))
+}
+
+fn runtime_fails(t: &Case<'_>) -> Result<()> {
+    if !t.ours() {
+        return Err(catamaran_e2e::suite::Skip(
+            "containerd is not configured with the fault runtime".to_owned(),
+        )
+        .into());
+    }
+    let request = t.pod_request();
+    let pod = t.run_pod_under("fault", &request)?;
+    let faults = Faults::set("runtime", "create", 1, Action::Fail)?;
+    // Whether the runtime's create runs at CreateContainer or at StartContainer is the daemon's choice.
+    let message = match t.node.create(&pod, &t.idle("main")) {
+        Err(error) => error.to_string(),
+        Ok(id) => {
+            let message = t.node.crictl.fails(&["start", &id])?;
+            t.node.crictl.ok(&["rm", &id])?;
+            message
+        }
+    };
+    ensure!(message.contains("scripted fault"), "{message}");
+    drop(faults);
+    // Started by runc, but the runtime says it failed: the process must not stay.
+    let faults = Faults::set("runtime", "start", 1, Action::FailAfter)?;
+    let id = t.node.create(&pod, &t.script("half", "exec sleep 8642"))?;
+    let message = t.node.crictl.fails(&["start", &id])?;
+    ensure!(message.contains("scripted fault"), "{message}");
+    drop(faults);
+    t.node.crictl.ok(&["rm", "-f", &id])?;
+    t.eventually(Duration::from_secs(10), || {
+        let left = catamaran_e2e::leaks::processes(&t.node.layout, &t.node.subnet, &[t.node.daemon_pid()?])?;
+        ensure!(!left.iter().any(|p| p.contains("sleep 8642")), "{left:?}");
+        Ok(())
+    })?;
+    let faults = Faults::set("runtime", "delete", 1, Action::Fail)?;
+    let id = t.start(&pod, &t.idle("deleted"))?;
+    t.node.crictl.ok(&["stop", "-t", "5", &id])?;
+    t.eventually(Duration::from_secs(10), || t.node.crictl.ok(&["rm", &id]))?;
+    drop(faults);
+    t.node.remove_pod(&pod.id)?;
+    works_again(t, "fault", &request)
+}
+
+fn runtime_hangs(t: &Case<'_>) -> Result<()> {
+    if !t.ours() {
+        return Err(catamaran_e2e::suite::Skip(
+            "containerd is not configured with the fault runtime".to_owned(),
+        )
+        .into());
+    }
+    let request = t.pod_request();
+    let pod = t.run_pod_under("fault", &request)?;
+    let faults = Faults::set("runtime", "create", 1, Action::Hang)?;
+    // A stop of the pod overtakes the hanging request.
+    let node = t.node;
+    std::thread::scope(|scope| -> Result<()> {
+        let hanging = scope.spawn(|| match node.create(&pod, &t.idle("main")) {
+            Err(error) => Ok(error.to_string()),
+            Ok(id) => node.crictl.fails(&["start", &id]),
+        });
+        std::thread::sleep(Duration::from_secs(2));
+        let begun = Instant::now();
+        node.crictl.ok(&["stopp", &pod.id])?;
+        ensure!(
+            begun.elapsed() < Duration::from_secs(30),
+            "StopPodSandbox took {:?}",
+            begun.elapsed()
+        );
+        let message = hanging
+            .join()
+            .map_err(|_| anyhow::anyhow!("the hanging request panicked"))??;
+        ensure!(!message.is_empty());
+        Ok(())
+    })?;
+    drop(faults);
+    t.node.crictl.ok(&["rmp", &pod.id])?;
+    works_again(t, "fault", &request)
+}
+
+fn runtime_missing(t: &Case<'_>) -> Result<()> {
+    if !t.ours() {
+        return Err(
+            catamaran_e2e::suite::Skip("containerd is not configured with this handler".to_owned()).into(),
+        );
+    }
+    let message = t.node.run_pod_fails("absent", &t.pod_request())?;
+    ensure!(
+        message.contains("/no/such/runtime") && message.contains("absent"),
+        "{message}"
+    );
+    Ok(())
+}
+
+/// The built guest with another file in place of one of its own.
+fn changed_guest(to: &Path, name: &str, content: &[u8]) -> Result<PathBuf> {
+    let built = binaries::guest_directory()?;
+    let release = std::fs::read_link(built.join("default")).context("the guest has no default kernel")?;
+    let (from, copy) = (built.join(&release), to.join(&release));
+    std::fs::create_dir_all(&copy)?;
+    for entry in std::fs::read_dir(&from)? {
+        let entry = entry?;
+        std::fs::copy(entry.path(), copy.join(entry.file_name()))?;
+    }
+    ensure!(copy.join(name).exists(), "{} has no {name}", copy.display());
+    std::fs::write(copy.join(name), content)?;
+    symlink(&release, to.join("default"))?;
+    Ok(to.to_owned())
+}
+
+/// RunPodSandbox under `runv` with this guest fails, naming one of the stages, and leaves nothing.
+fn boot_fails(t: &Case<'_>, guest: PathBuf, limit: u64, stages: &[&str]) -> Result<String> {
+    let handlers = vec![(
+        "runv".to_owned(),
+        json!({"type": "vm", "boot_timeout_seconds": limit}),
+    )];
+    let node = Node::start(
+        t.node.flavour,
+        Options {
+            guest: Some(guest),
+            handlers,
+            ..Options::default()
+        },
+    )?;
+    let begun = Instant::now();
+    let message = node.run_pod_fails("runv", &node.pod_request("no-boot"))?;
+    let took = begun.elapsed();
+    ensure!(
+        took < Duration::from_secs(limit + 30),
+        "the failure took {took:?}"
+    );
+    let text = message.to_lowercase();
+    ensure!(
+        stages.iter().any(|stage| text.contains(stage)),
+        "none of {stages:?} is named: {message}"
+    );
+    let left = node.wait_for_no_leaks(Duration::from_secs(20))?;
+    ensure!(left.is_empty(), "left behind: {left:#?}");
+    // The other handler is not concerned.
+    let pod = node.run_pod("runc", &node.pod_request("still-works"))?;
+    node.remove_pod(&pod.id)?;
+    node.finish()?;
+    Ok(message)
+}
+
+fn garbage_kernel(t: &Case<'_>) -> Result<()> {
+    let guest = changed_guest(&t.directory()?, "vmlinux", &[0x42; 100_000])?;
+    boot_fails(t, guest, 20, &["vmm", "kernel"])?;
+    Ok(())
+}
+
+fn no_agent(t: &Case<'_>) -> Result<()> {
+    // An archive with nothing in it: the kernel finds no first process.
+    let mut empty = b"070701".to_vec();
+    for field in [0u32, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 11, 0] {
+        empty.extend_from_slice(format!("{field:08x}").as_bytes());
+    }
+    empty.extend_from_slice(b"TRAILER!!!\0\0\0\0");
+    let guest = changed_guest(&t.directory()?, "initramfs", &empty)?;
+    let message = boot_fails(t, guest, 40, &["kernel", "agent"])?;
+    // The console's last lines are shown.
+    ensure!(message.to_lowercase().contains("panic"), "{message}");
+    Ok(())
+}
+
+fn no_guest(t: &Case<'_>) -> Result<()> {
+    let message = boot_fails(t, t.directory()?, 20, &["guest"])?;
+    ensure!(
+        message.contains("catamaran guest build"),
+        "the remedy is named: {message}"
+    );
+    ensure!(message.contains("FailedPrecondition"), "{message}");
+    Ok(())
+}
+
+/// Process ids below the node's directory whose command line has a word.
+fn processes_with(t: &Case<'_>, word: &str) -> Result<Vec<i32>> {
+    let all = catamaran_e2e::leaks::processes(&t.node.layout, &t.node.subnet, &[t.node.daemon_pid()?])?;
+    let found = all.iter().filter(|line| line.contains(word));
+    Ok(found
+        .filter_map(|line| line.split(' ').nth(1)?.parse().ok())
+        .collect())
+}
+
+fn kill(pids: &[i32]) -> Result<()> {
+    for pid in pids {
+        nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(*pid),
+            nix::sys::signal::Signal::SIGKILL,
+        )?;
+    }
+    Ok(())
+}
+
+fn vm_killed(t: &Case<'_>) -> Result<()> {
+    let pod = t.pod()?;
+    let id = t.start(&pod, &t.idle("main"))?;
+    let vms = processes_with(t, "qemu-system")?;
+    ensure!(!vms.is_empty(), "no QEMU process is found");
+    kill(&vms)?;
+    let ended = t.wait_exited(&id)?;
+    ensure!(ended.code() != 0, "{}", ended.status);
+    t.eventually(Duration::from_secs(10), || {
+        let status = t.pod_status(&pod.id)?;
+        ensure!(status["status"]["state"] == "SANDBOX_NOTREADY", "{status}");
+        Ok(())
+    })?;
+    t.node.remove_pod(&pod.id)?;
+    works_again(t, "runv", &pod.request)
+}
+
+fn shim_killed(t: &Case<'_>) -> Result<()> {
+    let pod = t.pod()?;
+    let id = t.start(&pod, &t.idle("main"))?;
+    let shims = processes_with(t, "containerd-shim-catamaran")?;
+    ensure!(!shims.is_empty() || !t.ours(), "no shim process is found");
+    kill(&shims)?;
+    if t.ours() {
+        t.eventually(Duration::from_secs(20), || {
+            let status = t.status(&id)?;
+            ensure!(status["state"] != "CONTAINER_RUNNING", "{status}");
+            Ok(())
+        })?;
+    }
+    t.node.remove_pod(&pod.id)?;
+    works_again(t, t.handler.name(), &pod.request)
+}
