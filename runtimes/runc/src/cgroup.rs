@@ -52,8 +52,25 @@ fn hierarchy(line: &str) -> Option<Hierarchy> {
 }
 
 impl Cgroup {
-    /// Where a process is.
-    pub(crate) fn of_process(pid: u32) -> std::io::Result<Self> {
+    /// The cgroup of a container, by its first process. Where the runtime was told to make none, the process is
+    /// in the shim's own or one above, which is not the container's to be killed or counted: then there is none.
+    pub(crate) fn of_container(pid: u32) -> std::io::Result<Self> {
+        Ok(Self::of_process(pid)?.without(&Self::of_process(std::process::id())?))
+    }
+
+    /// Where a container's configured path is, in every hierarchy; never the shim's own or one above.
+    pub(crate) fn of_path(path: &str) -> std::io::Result<Self> {
+        let mut cgroup = Self {
+            v1: Vec::new(),
+            v2: None,
+        };
+        for hierarchy in hierarchies() {
+            cgroup.add(&hierarchy.controllers.join(","), path);
+        }
+        Ok(cgroup.without(&Self::of_process(std::process::id())?))
+    }
+
+    fn of_process(pid: u32) -> std::io::Result<Self> {
         let text = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
         let mut cgroup = Self {
             v1: Vec::new(),
@@ -68,16 +85,13 @@ impl Cgroup {
         Ok(cgroup)
     }
 
-    /// Where a path is, in every hierarchy.
-    pub(crate) fn at(path: &str) -> Self {
-        let mut cgroup = Self {
-            v1: Vec::new(),
-            v2: None,
-        };
-        for hierarchy in hierarchies() {
-            cgroup.add(&hierarchy.controllers.join(","), path);
-        }
-        cgroup
+    fn without(mut self, own: &Self) -> Self {
+        let above =
+            |directory: &Path, mine: Option<&Path>| mine.is_some_and(|mine| mine.starts_with(directory));
+        self.v1
+            .retain(|(name, directory)| !above(directory, own.v1(name)));
+        self.v2 = self.v2.filter(|directory| !above(directory, own.v2.as_deref()));
+        self
     }
 
     fn add(&mut self, controllers: &str, path: &str) {
@@ -126,7 +140,7 @@ impl Cgroup {
         }
     }
 
-    /// Whether the container has a cgroup of its own, so that killing everything in it is meant.
+    /// The directory whose processes are the container's.
     fn processes_directory(&self) -> Option<&Path> {
         self.v2().or_else(|| {
             ["pids", "memory", "devices", "cpu"]
@@ -249,15 +263,21 @@ mod tests {
     }
 
     #[test]
-    fn the_cgroup_of_this_process_is_found() {
-        let cgroup = Cgroup::of_process(std::process::id()).unwrap();
+    fn the_shims_own_cgroup_is_never_a_containers() {
+        let own = Cgroup::of_process(std::process::id()).unwrap();
         assert!(
-            cgroup
-                .v2()
-                .or(cgroup.v1("memory"))
+            own.v2
+                .as_deref()
+                .or(own.v1("memory"))
                 .unwrap()
                 .join("cgroup.procs")
                 .exists()
         );
+        let none = Cgroup::of_container(std::process::id()).unwrap();
+        assert!(none.v1.is_empty() && none.v2.is_none() && none.processes().is_empty());
+        let root = Cgroup::of_path("/").unwrap();
+        assert!(root.v1.is_empty() && root.v2.is_none());
+        let other = Cgroup::of_path("/catamaran-nowhere/x").unwrap();
+        assert!(other.v2.is_some() || !other.v1.is_empty());
     }
 }

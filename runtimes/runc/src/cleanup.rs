@@ -141,7 +141,7 @@ fn cgroup_of(bundle: &Path) -> Option<Cgroup> {
     let path = config.get("linux")?.get("cgroupsPath")?.as_str()?;
     let parts = path.trim_start_matches('/').split('/');
     let good = path.starts_with('/') && parts.clone().all(|part| !matches!(part, "" | "." | ".."));
-    good.then(|| Cgroup::at(path))
+    good.then(|| Cgroup::of_path(path).ok()).flatten()
 }
 
 #[cfg(test)]

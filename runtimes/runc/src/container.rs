@@ -163,7 +163,7 @@ impl OciContainer {
             .terminal()
             .await
             .map_err(failed("take the terminal", bundle))?;
-        let cgroup = Cgroup::of_process(pid.unsigned_abs()).map_err(failed("find the cgroup", bundle))?;
+        let cgroup = Cgroup::of_container(pid.unsigned_abs()).map_err(failed("find the cgroup", bundle))?;
         let by_runtime = (!shared.runtime.is_native()).then(|| -> Box<dyn SignalByRuntime> {
             Box::new(RuntimeKill {
                 shared: shared.clone(),
