@@ -1,7 +1,10 @@
 //! Mounting on the host: fstab-style options, recursive binds with read-only and propagation, and unmounting all
 //! below a directory.
 
+use std::ffi::CString;
 use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -74,54 +77,79 @@ pub fn mount_options(fs_type: &str, source: &str, target: &Path, options: &[Stri
     Ok(())
 }
 
-/// Binds `source` to `target` recursively.
+/// Binds `source` to `target`.
+///
+/// The mount is made apart from the tree and gets its propagation before it is attached. Attached first, its copy
+/// in virtiofsd's namespace would stay a slave of the host's mount whatever is set later.
 ///
 /// # Errors
-/// The kernel's.
+/// The kernel's; mount_setattr(2) needs Linux 5.12.
 pub fn bind(source: &Path, target: &Path, binding: &Binding) -> io::Result<()> {
-    let none: Option<&str> = None;
-    let depth = if binding.recursive {
-        MsFlags::MS_REC
-    } else {
-        MsFlags::empty()
-    };
-    mount(Some(source), target, none, MsFlags::MS_BIND | depth, none)?;
-    // Nothing that the guest or virtiofsd does may travel to the host; what the host mounts travels to the guest
-    // only where the container asked for that.
-    let propagation = if binding.follows_host {
-        MsFlags::MS_SLAVE
-    } else {
-        MsFlags::MS_PRIVATE
-    };
-    mount(none, target, none, propagation | depth, none)?;
-    // virtiofsd's copy of this mount was made with it; the share's own propagation is what reaches it.
-    if binding.follows_host {
-        mount(none, target, none, MsFlags::MS_SHARED | depth, none)?;
-    }
+    let tree = clone_tree(source, binding.recursive)?;
+    // Nothing that the guest or virtiofsd does may travel to the host; what the host mounts later travels to the
+    // guest only where the container asked for that.
+    let propagation = if binding.follows_host { libc::MS_SLAVE } else { libc::MS_PRIVATE };
+    set_attributes(&tree, binding.recursive, 0, propagation)?;
     if binding.read_only {
-        let kept = flags_of(target)?;
-        let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | kept;
-        mount(none, target, none, flags, none)?;
+        // As an OCI runtime has it: the mount itself, not what is mounted below it.
+        set_attributes(&tree, false, libc::MOUNT_ATTR_RDONLY, 0)?;
     }
-    Ok(())
+    attach_tree(&tree, target)
 }
 
-/// Flags of a mount that a remount must repeat, since the kernel refuses to lose those that it locked.
-fn flags_of(target: &Path) -> io::Result<MsFlags> {
-    use nix::sys::statvfs::{FsFlags, statvfs};
-    let flags = statvfs(target)?.flags();
-    let pairs = [
-        (FsFlags::ST_NOSUID, MsFlags::MS_NOSUID),
-        (FsFlags::ST_NODEV, MsFlags::MS_NODEV),
-        (FsFlags::ST_NOEXEC, MsFlags::MS_NOEXEC),
-        (FsFlags::ST_NOATIME, MsFlags::MS_NOATIME),
-        (FsFlags::ST_RELATIME, MsFlags::MS_RELATIME),
-    ];
-    Ok(pairs
-        .iter()
-        .filter(|(had, _)| flags.contains(*had))
-        .map(|(_, keep)| *keep)
-        .collect())
+/// open_tree(2) with a detached copy.
+fn clone_tree(source: &Path, recursive: bool) -> io::Result<OwnedFd> {
+    let path = c_path(source)?;
+    let mut flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
+    if recursive {
+        flags |= libc::AT_RECURSIVE as libc::c_uint;
+    }
+    // SAFETY: the path is a C string that lives until the call returns.
+    let result = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let descriptor = i32::try_from(result).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just made it for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+fn set_attributes(tree: &OwnedFd, recursive: bool, set: u64, propagation: libc::c_ulong) -> io::Result<()> {
+    let attributes = libc::mount_attr { attr_set: set, attr_clr: 0, propagation, userns_fd: 0 };
+    let depth = if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: the path is an empty C string, the structure is of the size given; both live until the call returns.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH | depth,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// move_mount(2) from the detached copy.
+fn attach_tree(tree: &OwnedFd, target: &Path) -> io::Result<()> {
+    let path = c_path(target)?;
+    // SAFETY: both paths are C strings that live until the call returns.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            libc::MOVE_MOUNT_F_EMPTY_PATH,
+        )
+    };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    Ok(CString::new(path.as_os_str().as_bytes())?)
 }
 
 /// Mount points at or below `directory`, outermost first.

@@ -1,6 +1,7 @@
 //! The real shim with a real QEMU, kernel and agent, driven by a ttrpc client as the daemon does.
 
 mod rig;
+mod sessions;
 
 use std::path::Path;
 use std::process::Command;
@@ -29,7 +30,10 @@ fn text(bytes: &[u8]) -> String {
 async fn a_pod_lives_and_leaves_nothing() {
     need_vm!("a_pod_lives_and_leaves_nothing");
     let rig = Rig::new();
+    let clock = std::cell::Cell::new(std::time::Instant::now());
+    let lap = |what: &str| println!("{what}: {} ms", clock.replace(std::time::Instant::now()).elapsed().as_millis());
     let shim = rig.pod().await;
+    lap("shim and sandbox started");
     let (state, map) = shim.status().await;
     assert_eq!(state, "SANDBOX_READY");
     assert_eq!(map[info::ACCELERATION], "tcg");
@@ -43,8 +47,11 @@ async fn a_pod_lives_and_leaves_nothing() {
 
     let script = "echo out; echo err >&2; uname -r; hostname; id -u; echo x > /written; exit 7";
     let container = rig.container("c1", &["sh", "-c", script], |_| {});
+    clock.set(std::time::Instant::now());
     shim.run(&container).await.unwrap();
+    lap("first container created and started");
     assert_eq!(shim.wait("c1").await, 7);
+    lap("first container ended");
     assert_eq!(
         log_lines(&container.log, "stdout"),
         ["out", &map[info::KERNEL], "pod-host", "0"]
@@ -85,8 +92,11 @@ async fn a_pod_lives_and_leaves_nothing() {
     assert!(!stats.stats.value.is_empty());
     shim.kill("c2", 9).await.unwrap();
     assert_eq!(shim.wait("c2").await, 137);
+    clock.set(std::time::Instant::now());
     assert_eq!(shim.delete("c2").await, 137);
+    lap("container deleted");
     shim.stop().await;
+    lap("sandbox stopped");
     eventually("the shim ends", || {
         (!Path::new("/proc").join(rig.shim_pid().to_string()).exists()).then_some(())
     })
@@ -216,6 +226,78 @@ async fn volumes_are_live_and_keep_their_limits() {
         std::fs::read_to_string(volume.path().join("config")).unwrap(),
         "two"
     );
+    rig.assert_clean();
+}
+
+#[tokio::test]
+async fn what_the_host_mounts_later_appears_where_asked() {
+    need_vm!("what_the_host_mounts_later_appears_where_asked");
+    let rig = Rig::new();
+    let shim = rig.pod().await;
+    // A volume on a mount with shared propagation, as the kubelet's directories are.
+    let volume = rig.state.path().join("volume");
+    std::fs::create_dir_all(&volume).unwrap();
+    let mount = |arguments: &[&str]| assert!(Command::new("mount").args(arguments).status().unwrap().success());
+    let path = volume.to_str().unwrap();
+    mount(&["-t", "tmpfs", "none", path]);
+    mount(&["--make-shared", path]);
+    for directory in ["followed", "private"] {
+        std::fs::create_dir(volume.join(directory)).unwrap();
+    }
+    let container = rig.container("c1", &["sleep", "1000"], |spec| {
+        let mounts = spec["mounts"].as_array_mut().unwrap();
+        for (destination, option) in [("/slave", "rslave"), ("/private", "rprivate")] {
+            mounts.push(json!({
+                "destination": destination, "type": "bind", "source": volume, "options": ["rbind", option],
+            }));
+        }
+    });
+    shim.run(&container).await.unwrap();
+    let later = volume.join("followed");
+    mount(&["-t", "tmpfs", "none", later.to_str().unwrap()]);
+    std::fs::write(later.join("file"), "later").unwrap();
+    let answer = shim.exec("c1", &["cat", "/slave/followed/file"]).await;
+    let private = shim.exec("c1", &["cat", "/private/followed/file"]).await;
+    // virtiofsd keeps what the guest has looked up: the host cannot unmount it but lazily while the pod runs.
+    assert!(Command::new("umount").args(["-l", "-R", path]).status().unwrap().success());
+    shim.stop().await;
+    assert_eq!(text(&answer.stdout), "later", "{}", text(&answer.stderr));
+    assert_ne!(private.exit_code, 0);
+    rig.assert_clean();
+}
+
+#[tokio::test]
+async fn stop_overtakes_a_boot() {
+    need_vm!("stop_overtakes_a_boot");
+    let rig = Rig::new();
+    let shim = rig.start().await;
+    shim.create(&rig.bundle, &rig.spec()).await.unwrap();
+    let begun = std::time::Instant::now();
+    let (started, ()) = tokio::join!(shim.start_sandbox(), async {
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        shim.stop().await;
+    });
+    assert!(started.is_err());
+    assert!(begun.elapsed().as_secs() < 10);
+    rig.assert_clean();
+}
+
+#[tokio::test]
+async fn a_flood_of_output_is_kept_and_holds_up_nobody() {
+    need_vm!("a_flood_of_output_is_kept_and_holds_up_nobody");
+    let rig = Rig::new();
+    let shim = rig.pod().await;
+    let script = "i=0; while [ $i -lt 20000 ]; do echo line $i of a container that says a lot; i=$((i+1)); done";
+    let flood = rig.container("c1", &["sh", "-c", script], |_| {});
+    let quiet = rig.container("c2", &["sleep", "1000"], |_| {});
+    shim.run(&quiet).await.unwrap();
+    shim.run(&flood).await.unwrap();
+    assert_eq!(text(&shim.exec("c2", &["id", "-u"]).await.stdout), "0");
+    assert_eq!(shim.wait("c1").await, 0);
+    let lines = log_lines(&flood.log, "stdout");
+    assert_eq!(lines.len(), 20_000);
+    assert!(lines.iter().enumerate().all(|(number, line)| line.starts_with(&format!("line {number} "))));
+    shim.stop().await;
     rig.assert_clean();
 }
 
