@@ -39,6 +39,8 @@ pub struct Config {
     pub network: NetworkSection,
     /// Images.
     pub images: ImagesSection,
+    /// Where the clients of exec, attach and port-forward come to.
+    pub streaming: StreamingSection,
 }
 
 /// CRI CgroupDriver.
@@ -121,6 +123,26 @@ pub struct NetworkSection {
     pub plugin_timeout_seconds: u64,
 }
 
+/// The streaming server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct StreamingSection {
+    /// Address and port to listen on; port 0 is one that the kernel chooses.
+    pub address: std::net::SocketAddr,
+    /// PEM file of the certificate with its chain; with `tls_key` it turns TLS on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls_certificate: Option<PathBuf>,
+    /// PEM file of the certificate's key.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls_key: Option<PathBuf>,
+}
+
+impl Default for StreamingSection {
+    fn default() -> Self {
+        Self { address: ([127, 0, 0, 1], 0).into(), tls_certificate: None, tls_key: None }
+    }
+}
+
 /// Images.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -151,6 +173,7 @@ impl Default for Config {
             handlers: BTreeMap::new(),
             network: NetworkSection::default(),
             images: ImagesSection::default(),
+            streaming: StreamingSection::default(),
         }
     }
 }
@@ -294,6 +317,9 @@ impl Config {
                 "images.progress_timeout_seconds",
                 "0 would fail every pull; use 1 or more".into(),
             );
+        }
+        if self.streaming.tls_certificate.is_some() != self.streaming.tls_key.is_some() {
+            return wrong("streaming.tls_key", "goes together with streaming.tls_certificate; set both".into());
         }
         for (name, handler) in &self.handlers {
             handler.verify(name)?;

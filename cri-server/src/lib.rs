@@ -1,7 +1,7 @@
 //! Catamaran's daemon: the CRI server of a node.
 //!
 //! Code map: `cri` (the gRPC services), `pods` (the verbs, states, owners and the recovery), `shim` (the
-//! protocols towards shims), `store` (durable records), `handlers` (what a RuntimeClass names), `cli` (the
+//! protocols towards shims), `store` (durable records), `streaming` (exec, attach and port-forward sessions), `handlers` (what a RuntimeClass names), `cli` (the
 //! operator's commands).
 //!
 //! Architecture invariant: the daemon links no runtime; a pod's processes are a shim's, which outlives it.
@@ -19,3 +19,4 @@ pub mod node;
 pub mod pods;
 pub mod shim;
 pub mod store;
+pub mod streaming;

@@ -1,8 +1,10 @@
 //! RuntimeService: each RPC verified, converted, passed on. What is not served yet says so by its name.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
+use catamaran_streaming::{RequestError, Server};
 use futures::Stream;
 use futures::stream;
 use tokio::sync::broadcast::error::RecvError;
@@ -19,14 +21,15 @@ type Reply<T> = Result<Response<T>, Status>;
 type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// The service.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(super) struct Runtime {
     pods: Pods,
+    streaming: Arc<Server>,
 }
 
 impl Runtime {
-    pub(super) fn new(pods: Pods) -> Self {
-        Self { pods }
+    pub(super) fn new(pods: Pods, streaming: Arc<Server>) -> Self {
+        Self { pods, streaming }
     }
 
     fn pod_list(&self, filter: Option<&api::PodSandboxFilter>) -> Vec<api::PodSandbox> {
@@ -71,6 +74,13 @@ fn seconds(value: i64, field: &str) -> Result<Duration, Error> {
 
 fn unserved<T>(rpc: &'static str) -> Result<T, Status> {
     Err(Error::Unimplemented(rpc).into())
+}
+
+fn refused(error: RequestError) -> Status {
+    match error {
+        RequestError::Invalid(text) => Status::invalid_argument(text),
+        RequestError::TooMany => Status::resource_exhausted(error.to_string()),
+    }
 }
 
 /// A list in messages of bounded size, for the Stream* list RPCs.
@@ -296,16 +306,53 @@ impl RuntimeService for Runtime {
         })
     }
 
-    async fn exec(&self, _: Request<api::ExecRequest>) -> Reply<api::ExecResponse> {
-        unserved("Exec")
+    async fn exec(&self, request: Request<api::ExecRequest>) -> Reply<api::ExecResponse> {
+        let request = request.into_inner();
+        self.pods.attachable(named(&request.container_id, "container_id")?)?;
+        let url = self.streaming.exec(catamaran_streaming::ExecRequest {
+            container_id: request.container_id,
+            command: request.cmd,
+            tty: request.tty,
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+        });
+        ok(api::ExecResponse { url: url.map_err(refused)? })
     }
 
-    async fn attach(&self, _: Request<api::AttachRequest>) -> Reply<api::AttachResponse> {
-        unserved("Attach")
+    async fn attach(&self, request: Request<api::AttachRequest>) -> Reply<api::AttachResponse> {
+        let request = request.into_inner();
+        let tty = self.pods.attachable(named(&request.container_id, "container_id")?)?;
+        if tty != request.tty {
+            let is = if tty { "has a terminal" } else { "has no terminal" };
+            return Err(Error::invalid("tty", format!("is {}, but the container {is}", request.tty)).into());
+        }
+        let url = self.streaming.attach(catamaran_streaming::AttachRequest {
+            container_id: request.container_id,
+            tty: request.tty,
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+        });
+        ok(api::AttachResponse { url: url.map_err(refused)? })
     }
 
-    async fn port_forward(&self, _: Request<api::PortForwardRequest>) -> Reply<api::PortForwardResponse> {
-        unserved("PortForward")
+    async fn port_forward(
+        &self,
+        request: Request<api::PortForwardRequest>,
+    ) -> Reply<api::PortForwardResponse> {
+        let request = request.into_inner();
+        self.pods.pod(named(&request.pod_sandbox_id, "pod_sandbox_id")?)?;
+        let port = |port: i32| match u16::try_from(port) {
+            Ok(port) if port > 0 => Ok(port),
+            _ => Err(Error::invalid("port", format!("{port} is not a port; 1 to 65535 are"))),
+        };
+        let ports = request.port.into_iter().map(port).collect::<Result<Vec<u16>, Error>>()?;
+        let url = self.streaming.port_forward(catamaran_streaming::PortForwardRequest {
+            sandbox_id: request.pod_sandbox_id,
+            ports,
+        });
+        ok(api::PortForwardResponse { url: url.map_err(refused)? })
     }
 
     async fn container_stats(

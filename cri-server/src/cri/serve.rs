@@ -60,6 +60,9 @@ pub enum ServeError {
         /// Why.
         source: std::io::Error,
     },
+    /// The streaming server.
+    #[error(transparent)]
+    Streaming(#[from] catamaran_streaming::ServerError),
     /// Serving ended.
     #[error("serving failed")]
     Transport(#[from] tonic::transport::Error),
@@ -96,6 +99,7 @@ pub async fn serve(
     free_address(&path).await?;
     let pods = Pods::recover(node.clone(), pods, containers).await;
     ask_ahead(&node);
+    let streaming = Arc::new(crate::streaming::bind(pods.clone(), streaming_config(&node.config)?).await?);
     let listener = listen(&path)?;
     tracing::info!(socket = %path.display(), "serving");
     let events = node.events.clone();
@@ -103,7 +107,7 @@ pub async fn serve(
     let serving = Server::builder()
         .layer(Observed)
         .add_service(
-            RuntimeServiceServer::new(Runtime::new(pods.clone())).max_decoding_message_size(MAX_MESSAGE),
+            RuntimeServiceServer::new(Runtime::new(pods.clone(), streaming.clone())).max_decoding_message_size(MAX_MESSAGE),
         )
         .add_service(
             ImageServiceServer::new(Images::new(node.clone())).max_decoding_message_size(MAX_MESSAGE),
@@ -128,6 +132,7 @@ pub async fn serve(
             Ok(())
         }
     };
+    streaming.shutdown().await;
     if pods.is_empty()
         && let Err(error) = catamaran_cgroups::remove(&node.config.cgroup_parent)
     {
@@ -149,6 +154,15 @@ fn ask_ahead(node: &Arc<Node>) {
         let verdict = node.handlers.verdict().await;
         tracing::info!(kvm = verdict.usable, reason = verdict.reason, "virtual machines");
     });
+}
+
+fn streaming_config(config: &Config) -> Result<catamaran_streaming::Config, ServeError> {
+    let section = &config.streaming;
+    let tls = match (&section.tls_certificate, &section.tls_key) {
+        (Some(certificate), Some(key)) => Some(catamaran_streaming::tls_from_files(certificate, key)?),
+        _ => None,
+    };
+    Ok(catamaran_streaming::Config { address: section.address, tls, ..Default::default() })
 }
 
 fn images_config(config: &Config, dirs: &Dirs) -> ImagesConfig {

@@ -23,9 +23,7 @@ pub(super) async fn run(
     command: &[String],
     timeout: Duration,
 ) -> Result<ExecOutput> {
-    let spec = container_spec(node, view, container).await?;
-    let process = catamaran_spec::exec_process(&spec, command, false)?;
-    let process = serde_json::to_vec(&process).map_err(|e| Error::Internal(e.to_string()))?;
+    let process = process(node, view, container, command, false).await?;
     let output = shim
         .exec_sync(container.id.as_str(), process, timeout, MAX_OUTPUT)
         .await?;
@@ -37,6 +35,19 @@ pub(super) async fn run(
         )));
     }
     Ok(output)
+}
+
+/// The OCI process of a command in a container, JSON.
+pub(super) async fn process(
+    node: &Node,
+    view: &PodView,
+    container: &ContainerRecord,
+    command: &[String],
+    tty: bool,
+) -> Result<Vec<u8>> {
+    let spec = container_spec(node, view, container).await?;
+    let process = catamaran_spec::exec_process(&spec, command, tty)?;
+    serde_json::to_vec(&process).map_err(|e| Error::Internal(e.to_string()))
 }
 
 /// The OCI spec that the container was made with.

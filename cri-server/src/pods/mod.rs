@@ -11,6 +11,7 @@ mod recover;
 mod remove_container;
 mod remove_sandbox;
 mod run_sandbox;
+pub mod session;
 mod start_container;
 pub mod state;
 mod stop_container;
