@@ -367,7 +367,7 @@ fn answer(
     let (protocol, headers) = match chosen {
         Ok(chosen) => chosen,
         // The token stays good: the client may try another protocol.
-        Err(refusal) => return refusal,
+        Err(refusal) => return *refusal,
     };
     let Some(waiting) = inner.tokens.take(token, |waiting| waiting.verb() == verb) else {
         return not_found();

@@ -48,10 +48,10 @@ impl<T> Tokens<T> {
         waiting.expire(now);
         // By `order`, so that insert and take in turn cannot grow it.
         if waiting.order.len() >= self.most {
-            waiting.compact();
-            if waiting.order.len() >= self.most {
+            if waiting.requests.len() == waiting.order.len() {
                 return None;
             }
+            waiting.compact();
         }
         let end = now + self.lifetime;
         waiting.requests.insert(token.clone(), (end, request));

@@ -16,6 +16,9 @@ const SEC_WEBSOCKET_KEY: HeaderName = HeaderName::from_static("sec-websocket-key
 const SEC_WEBSOCKET_VERSION: HeaderName = HeaderName::from_static("sec-websocket-version");
 const SEC_WEBSOCKET_ACCEPT: HeaderName = HeaderName::from_static("sec-websocket-accept");
 
+/// The answer to a request that is not upgraded.
+type Refusal = Box<Response<String>>;
+
 /// What is spoken after the upgrade.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Protocol {
@@ -30,7 +33,7 @@ pub(crate) enum Protocol {
 }
 
 /// Chooses the protocol for exec and attach, with the headers of the answer.
-pub(crate) fn remote_command(headers: &HeaderMap) -> Result<(Protocol, HeaderMap), Response<String>> {
+pub(crate) fn remote_command(headers: &HeaderMap) -> Result<(Protocol, HeaderMap), Refusal> {
     match transport(headers)? {
         Transport::Spdy => {
             let names = remote_command::PROTOCOLS.map(|(name, _)| name);
@@ -46,7 +49,7 @@ pub(crate) fn remote_command(headers: &HeaderMap) -> Result<(Protocol, HeaderMap
 }
 
 /// Chooses the protocol for port-forward, with the headers of the answer.
-pub(crate) fn port_forward(headers: &HeaderMap) -> Result<(Protocol, HeaderMap), Response<String>> {
+pub(crate) fn port_forward(headers: &HeaderMap) -> Result<(Protocol, HeaderMap), Refusal> {
     match transport(headers)? {
         Transport::Spdy => {
             let (_, answer) = spdy(headers, &[port_forward::PROTOCOL])?;
@@ -64,7 +67,7 @@ enum Transport<'a> {
     WebSocket(&'a HeaderValue),
 }
 
-fn transport(headers: &HeaderMap) -> Result<Transport<'_>, Response<String>> {
+fn transport(headers: &HeaderMap) -> Result<Transport<'_>, Refusal> {
     if !words(headers, &CONNECTION).any(|word| word.eq_ignore_ascii_case("upgrade")) {
         return Err(refuse(
             "the request must ask for an upgrade to SPDY/3.1 or to a WebSocket",
@@ -99,7 +102,7 @@ fn transport(headers: &HeaderMap) -> Result<Transport<'_>, Response<String>> {
         .ok_or_else(|| refuse("Sec-WebSocket-Key is missing or malformed"))
 }
 
-fn spdy(headers: &HeaderMap, known: &[&'static str]) -> Result<(usize, HeaderMap), Response<String>> {
+fn spdy(headers: &HeaderMap, known: &[&'static str]) -> Result<(usize, HeaderMap), Refusal> {
     let wanted: Vec<&str> = words(headers, &STREAM_PROTOCOL).collect();
     if wanted.is_empty() {
         return Err(refuse("unable to upgrade: X-Stream-Protocol-Version is required"));
@@ -112,7 +115,7 @@ fn spdy(headers: &HeaderMap, known: &[&'static str]) -> Result<(usize, HeaderMap
                 .headers_mut()
                 .append(ACCEPTED_PROTOCOLS, HeaderValue::from_static(name));
         }
-        return Err(refusal);
+        return Err(Box::new(refusal));
     };
     let mut answer = HeaderMap::new();
     answer.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
@@ -125,7 +128,7 @@ fn websocket(
     headers: &HeaderMap,
     key: &HeaderValue,
     known: &[&'static str],
-) -> Result<(usize, HeaderMap), Response<String>> {
+) -> Result<(usize, HeaderMap), Refusal> {
     let wanted: Vec<&str> = words(headers, &SEC_WEBSOCKET_PROTOCOL).collect();
     let Some(index) = known.iter().position(|name| wanted.contains(name)) else {
         return Err(refuse(&format!(
@@ -154,8 +157,8 @@ fn words<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = 
         .filter(|word| !word.is_empty())
 }
 
-fn refuse(text: &str) -> Response<String> {
-    response(StatusCode::BAD_REQUEST, text.to_owned())
+fn refuse(text: &str) -> Refusal {
+    Box::new(response(StatusCode::BAD_REQUEST, text.to_owned()))
 }
 
 pub(crate) fn response(status: StatusCode, text: String) -> Response<String> {

@@ -259,7 +259,7 @@ fn stream_id(rest: &mut &[u8]) -> Result<u32, FrameError> {
 fn settings(payload: &[u8]) -> Result<Control, FrameError> {
     let mut rest = payload;
     let count = word(&mut rest)? as usize;
-    if rest.len() % 8 != 0 || rest.len() / 8 != count {
+    if !rest.len().is_multiple_of(8) || rest.len() / 8 != count {
         return Err(FrameError::Malformed("SETTINGS of another length than it says"));
     }
     let mut initial_window = None;

@@ -5,6 +5,7 @@ mod connection;
 mod dictionary;
 mod frame;
 mod headers;
+mod shared;
 mod stream;
 
 pub(crate) use connection::{Connection, Limits};

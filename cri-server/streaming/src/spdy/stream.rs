@@ -11,9 +11,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::mpsc;
 use tokio_util::sync::PollSender;
 
-use super::connection::{Outgoing, Shared};
 use super::frame::{Control, DATA_MAX};
 use super::headers::Headers;
+use super::shared::{Outgoing, Shared};
 
 /// Consumed bytes after which the peer gets new credit.
 const CREDIT_STEP: u32 = 16 << 10;

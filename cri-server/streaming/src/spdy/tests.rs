@@ -178,6 +178,43 @@ async fn windows_of_a_peer_that_has_them() {
 }
 
 #[tokio::test]
+async fn the_connection_s_window() {
+    let (a, b) = duplex(8 << 20);
+    let mut server = Connection::server(a, LIMITS);
+    let mut peer = RawPeer::new(b);
+    // From 64 KiB down is not possible, so the window is used up first.
+    peer.control(&Control::WindowUpdate { stream: 0, delta: 1 }).await;
+    peer.control(&Control::SynStream {
+        stream: 1,
+        fin: false,
+        headers: Headers::default(),
+    })
+    .await;
+    let mut stream = server.accept().await.expect("stream");
+    assert!(matches!(
+        peer.next().await,
+        Frame::Control(Control::SynReply { stream: 1, .. })
+    ));
+    let mut write = tokio::spawn(async move {
+        stream.writer.write_all(&[7; 70_000]).await.expect("writes");
+        stream
+    });
+    assert_eq!(peer.data(1, 65_537).await, 65_537);
+    assert!(
+        tokio::time::timeout(Duration::from_millis(100), &mut write)
+            .await
+            .is_err()
+    );
+    peer.control(&Control::WindowUpdate {
+        stream: 0,
+        delta: 10_000,
+    })
+    .await;
+    assert_eq!(peer.data(1, 4_463).await, 4_463);
+    write.await.expect("task");
+}
+
+#[tokio::test]
 async fn credit_is_given_for_what_is_read() {
     let (a, b) = duplex(8 << 20);
     let mut server = Connection::server(a, LIMITS);
