@@ -1,11 +1,14 @@
-//! Around every RPC: a span with its name, and a log line with its status and time. A failed one is logged
-//! where it failed for the operator, too; a fast good one only at debug.
+//! Around every RPC: a span with its name, the caller's deadline, and a log line with its status and time. A
+//! failed one is logged where it failed for the operator, too; a fast good one only at debug.
+//!
+//! The deadline is held here because tonic's own answers CANCELLED where gRPC has DEADLINE_EXCEEDED.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use http::{Request, Response};
+use tonic::Status;
 use tower::{Layer, Service};
 use tracing::Instrument as _;
 
@@ -35,6 +38,7 @@ where
     S: Service<Request<In>, Response = Response<Out>>,
     S::Future: Send + 'static,
     S::Error: Send,
+    Out: Default,
 {
     type Response = S::Response;
     type Error = S::Error;
@@ -54,9 +58,19 @@ where
             .to_owned();
         let span = tracing::info_span!("rpc", name = rpc);
         let begun = Instant::now();
+        let limit = request
+            .headers()
+            .get("grpc-timeout")
+            .and_then(|value| deadline(value.to_str().ok()?));
         let future = self.inner.call(request);
         let observed = async move {
-            let result = future.await;
+            let result = match limit {
+                None => future.await,
+                Some(limit) => match tokio::time::timeout(limit, future).await {
+                    Ok(result) => result,
+                    Err(_) => Ok(Status::deadline_exceeded("the caller's deadline has passed").into_http()),
+                },
+            };
             if let Ok(response) = &result {
                 log(response, begun.elapsed());
             }
@@ -64,6 +78,26 @@ where
         };
         Box::pin(observed.instrument(span))
     }
+}
+
+/// gRPC over HTTP/2: `grpc-timeout` is up to eight digits and a unit. A little is taken off, so that this answer
+/// precedes tonic's.
+fn deadline(text: &str) -> Option<Duration> {
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if digits.is_empty() || digits.len() > 8 {
+        return None;
+    }
+    let count: u64 = digits.parse().ok()?;
+    let limit = match unit {
+        "H" => Duration::from_secs(count * 3600),
+        "M" => Duration::from_secs(count * 60),
+        "S" => Duration::from_secs(count),
+        "m" => Duration::from_millis(count),
+        "u" => Duration::from_micros(count),
+        "n" => Duration::from_nanos(count),
+        _ => return None,
+    };
+    Some(limit - (limit / 20).min(Duration::from_millis(5)))
 }
 
 /// A status that is an error comes in the headers; a good one only with the body.
@@ -106,6 +140,15 @@ fn percent_decode(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn deadlines_are_read_and_leave_time_to_answer() {
+        assert_eq!(deadline("100m"), Some(Duration::from_millis(95)));
+        assert_eq!(deadline("1H"), Some(Duration::from_millis(3_599_995)));
+        for text in ["", "5", "m", "-1S", "123456789S", "5x", "5\u{e9}"] {
+            assert_eq!(deadline(text), None, "{text:?}");
+        }
+    }
 
     #[test]
     fn messages_are_decoded() {
