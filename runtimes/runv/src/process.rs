@@ -51,13 +51,14 @@ pub(crate) struct Streams {
     pub(crate) stdin: bool,
 }
 
-/// Connects a process that the agent has made.
+/// Connects a process that the agent has made. The pipes are duplex streams of which one direction is used: unlike
+/// tokio's simplex, dropping the writing end is the end for the reader.
 pub(crate) fn adopt(agent: &Agent, vmm: &Arc<dyn Vmm>, name: Name, pid: u32, streams: Streams) -> Process {
-    let (stdout, stdout_end) = tokio::io::simplex(BUFFER);
-    let (stderr, stderr_end) = tokio::io::simplex(BUFFER);
+    let (stdout, stdout_end) = tokio::io::duplex(BUFFER);
+    let (stderr, stderr_end) = tokio::io::duplex(BUFFER);
     let read = tokio::spawn(read_output(agent.clone(), name.clone(), stdout_end, stderr_end));
     let stdin = streams.stdin.then(|| {
-        let (ours, theirs) = tokio::io::simplex(BUFFER);
+        let (ours, theirs) = tokio::io::duplex(BUFFER);
         tokio::spawn(write_input(agent.clone(), name.clone(), ours));
         Box::new(theirs) as Writer
     });

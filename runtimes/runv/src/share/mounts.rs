@@ -88,7 +88,11 @@ pub fn bind(source: &Path, target: &Path, binding: &Binding) -> io::Result<()> {
     let tree = clone_tree(source, binding.recursive)?;
     // Nothing that the guest or virtiofsd does may travel to the host; what the host mounts later travels to the
     // guest only where the container asked for that.
-    let propagation = if binding.follows_host { libc::MS_SLAVE } else { libc::MS_PRIVATE };
+    let propagation = if binding.follows_host {
+        libc::MS_SLAVE
+    } else {
+        libc::MS_PRIVATE
+    };
     set_attributes(&tree, binding.recursive, 0, propagation)?;
     if binding.read_only {
         // As an OCI runtime has it: the mount itself, not what is mounted below it.
@@ -115,7 +119,12 @@ fn clone_tree(source: &Path, recursive: bool) -> io::Result<OwnedFd> {
 }
 
 fn set_attributes(tree: &OwnedFd, recursive: bool, set: u64, propagation: libc::c_ulong) -> io::Result<()> {
-    let attributes = libc::mount_attr { attr_set: set, attr_clr: 0, propagation, userns_fd: 0 };
+    let attributes = libc::mount_attr {
+        attr_set: set,
+        attr_clr: 0,
+        propagation,
+        userns_fd: 0,
+    };
     let depth = if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the path is an empty C string, the structure is of the size given; both live until the call returns.
     let result = unsafe {
@@ -128,7 +137,11 @@ fn set_attributes(tree: &OwnedFd, recursive: bool, set: u64, propagation: libc::
             size_of::<libc::mount_attr>(),
         )
     };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 /// move_mount(2) from the detached copy.
@@ -145,7 +158,11 @@ fn attach_tree(tree: &OwnedFd, target: &Path) -> io::Result<()> {
             libc::MOVE_MOUNT_F_EMPTY_PATH,
         )
     };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 fn c_path(path: &Path) -> io::Result<CString> {

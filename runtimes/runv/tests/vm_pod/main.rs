@@ -31,7 +31,12 @@ async fn a_pod_lives_and_leaves_nothing() {
     need_vm!("a_pod_lives_and_leaves_nothing");
     let rig = Rig::new();
     let clock = std::cell::Cell::new(std::time::Instant::now());
-    let lap = |what: &str| println!("{what}: {} ms", clock.replace(std::time::Instant::now()).elapsed().as_millis());
+    let lap = |what: &str| {
+        println!(
+            "{what}: {} ms",
+            clock.replace(std::time::Instant::now()).elapsed().as_millis()
+        )
+    };
     let shim = rig.pod().await;
     lap("shim and sandbox started");
     let (state, map) = shim.status().await;
@@ -237,7 +242,8 @@ async fn what_the_host_mounts_later_appears_where_asked() {
     // A volume on a mount with shared propagation, as the kubelet's directories are.
     let volume = rig.state.path().join("volume");
     std::fs::create_dir_all(&volume).unwrap();
-    let mount = |arguments: &[&str]| assert!(Command::new("mount").args(arguments).status().unwrap().success());
+    let mount =
+        |arguments: &[&str]| assert!(Command::new("mount").args(arguments).status().unwrap().success());
     let path = volume.to_str().unwrap();
     mount(&["-t", "tmpfs", "none", path]);
     mount(&["--make-shared", path]);
@@ -259,7 +265,13 @@ async fn what_the_host_mounts_later_appears_where_asked() {
     let answer = shim.exec("c1", &["cat", "/slave/followed/file"]).await;
     let private = shim.exec("c1", &["cat", "/private/followed/file"]).await;
     // virtiofsd keeps what the guest has looked up: the host cannot unmount it but lazily while the pod runs.
-    assert!(Command::new("umount").args(["-l", "-R", path]).status().unwrap().success());
+    assert!(
+        Command::new("umount")
+            .args(["-l", "-R", path])
+            .status()
+            .unwrap()
+            .success()
+    );
     shim.stop().await;
     assert_eq!(text(&answer.stdout), "later", "{}", text(&answer.stderr));
     assert_ne!(private.exit_code, 0);
@@ -287,7 +299,8 @@ async fn a_flood_of_output_is_kept_and_holds_up_nobody() {
     need_vm!("a_flood_of_output_is_kept_and_holds_up_nobody");
     let rig = Rig::new();
     let shim = rig.pod().await;
-    let script = "i=0; while [ $i -lt 20000 ]; do echo line $i of a container that says a lot; i=$((i+1)); done";
+    let script =
+        "i=0; while [ $i -lt 20000 ]; do echo line $i of a container that says a lot; i=$((i+1)); done";
     let flood = rig.container("c1", &["sh", "-c", script], |_| {});
     let quiet = rig.container("c2", &["sleep", "1000"], |_| {});
     shim.run(&quiet).await.unwrap();
@@ -296,7 +309,12 @@ async fn a_flood_of_output_is_kept_and_holds_up_nobody() {
     assert_eq!(shim.wait("c1").await, 0);
     let lines = log_lines(&flood.log, "stdout");
     assert_eq!(lines.len(), 20_000);
-    assert!(lines.iter().enumerate().all(|(number, line)| line.starts_with(&format!("line {number} "))));
+    assert!(
+        lines
+            .iter()
+            .enumerate()
+            .all(|(number, line)| line.starts_with(&format!("line {number} ")))
+    );
     shim.stop().await;
     rig.assert_clean();
 }
