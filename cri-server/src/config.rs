@@ -139,7 +139,11 @@ pub struct StreamingSection {
 
 impl Default for StreamingSection {
     fn default() -> Self {
-        Self { address: ([127, 0, 0, 1], 0).into(), tls_certificate: None, tls_key: None }
+        Self {
+            address: ([127, 0, 0, 1], 0).into(),
+            tls_certificate: None,
+            tls_key: None,
+        }
     }
 }
 
@@ -319,7 +323,10 @@ impl Config {
             );
         }
         if self.streaming.tls_certificate.is_some() != self.streaming.tls_key.is_some() {
-            return wrong("streaming.tls_key", "goes together with streaming.tls_certificate; set both".into());
+            return wrong(
+                "streaming.tls_key",
+                "goes together with streaming.tls_certificate; set both".into(),
+            );
         }
         for (name, handler) in &self.handlers {
             handler.verify(name)?;

@@ -308,7 +308,8 @@ impl RuntimeService for Runtime {
 
     async fn exec(&self, request: Request<api::ExecRequest>) -> Reply<api::ExecResponse> {
         let request = request.into_inner();
-        self.pods.attachable(named(&request.container_id, "container_id")?)?;
+        self.pods
+            .attachable(named(&request.container_id, "container_id")?)?;
         let url = self.streaming.exec(catamaran_streaming::ExecRequest {
             container_id: request.container_id,
             command: request.cmd,
@@ -317,12 +318,16 @@ impl RuntimeService for Runtime {
             stdout: request.stdout,
             stderr: request.stderr,
         });
-        ok(api::ExecResponse { url: url.map_err(refused)? })
+        ok(api::ExecResponse {
+            url: url.map_err(refused)?,
+        })
     }
 
     async fn attach(&self, request: Request<api::AttachRequest>) -> Reply<api::AttachResponse> {
         let request = request.into_inner();
-        let tty = self.pods.attachable(named(&request.container_id, "container_id")?)?;
+        let tty = self
+            .pods
+            .attachable(named(&request.container_id, "container_id")?)?;
         if tty != request.tty {
             let is = if tty { "has a terminal" } else { "has no terminal" };
             return Err(Error::invalid("tty", format!("is {}, but the container {is}", request.tty)).into());
@@ -334,7 +339,9 @@ impl RuntimeService for Runtime {
             stdout: request.stdout,
             stderr: request.stderr,
         });
-        ok(api::AttachResponse { url: url.map_err(refused)? })
+        ok(api::AttachResponse {
+            url: url.map_err(refused)?,
+        })
     }
 
     async fn port_forward(
@@ -345,14 +352,25 @@ impl RuntimeService for Runtime {
         self.pods.pod(named(&request.pod_sandbox_id, "pod_sandbox_id")?)?;
         let port = |port: i32| match u16::try_from(port) {
             Ok(port) if port > 0 => Ok(port),
-            _ => Err(Error::invalid("port", format!("{port} is not a port; 1 to 65535 are"))),
+            _ => Err(Error::invalid(
+                "port",
+                format!("{port} is not a port; 1 to 65535 are"),
+            )),
         };
-        let ports = request.port.into_iter().map(port).collect::<Result<Vec<u16>, Error>>()?;
-        let url = self.streaming.port_forward(catamaran_streaming::PortForwardRequest {
-            sandbox_id: request.pod_sandbox_id,
-            ports,
-        });
-        ok(api::PortForwardResponse { url: url.map_err(refused)? })
+        let ports = request
+            .port
+            .into_iter()
+            .map(port)
+            .collect::<Result<Vec<u16>, Error>>()?;
+        let url = self
+            .streaming
+            .port_forward(catamaran_streaming::PortForwardRequest {
+                sandbox_id: request.pod_sandbox_id,
+                ports,
+            });
+        ok(api::PortForwardResponse {
+            url: url.map_err(refused)?,
+        })
     }
 
     async fn container_stats(

@@ -107,7 +107,8 @@ pub async fn serve(
     let serving = Server::builder()
         .layer(Observed)
         .add_service(
-            RuntimeServiceServer::new(Runtime::new(pods.clone(), streaming.clone())).max_decoding_message_size(MAX_MESSAGE),
+            RuntimeServiceServer::new(Runtime::new(pods.clone(), streaming.clone()))
+                .max_decoding_message_size(MAX_MESSAGE),
         )
         .add_service(
             ImageServiceServer::new(Images::new(node.clone())).max_decoding_message_size(MAX_MESSAGE),
@@ -162,7 +163,11 @@ fn streaming_config(config: &Config) -> Result<catamaran_streaming::Config, Serv
         (Some(certificate), Some(key)) => Some(catamaran_streaming::tls_from_files(certificate, key)?),
         _ => None,
     };
-    Ok(catamaran_streaming::Config { address: section.address, tls, ..Default::default() })
+    Ok(catamaran_streaming::Config {
+        address: section.address,
+        tls,
+        ..Default::default()
+    })
 }
 
 fn images_config(config: &Config, dirs: &Dirs) -> ImagesConfig {

@@ -3,13 +3,16 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use catamaran_network::PodNetwork;
 use catamaran_sandbox::id::Id;
 use catamaran_sandbox::pod_spec::{
     IdMapping, POD_SPEC_VERSION, PidNamespace, PodNamespaces, PodSpec, RuntimeSpec, UserNamespace,
 };
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::files::Files;
@@ -26,6 +29,9 @@ use crate::store::Written;
 
 /// As the CRI's other implementations have it (Docker's default).
 const SHM_BYTES: u64 = 64 << 20;
+
+/// Time that a CNI plugin has to finish when the pod's creation has failed already.
+const PLUGIN_GRACE: Duration = Duration::from_secs(3);
 
 /// A sandbox that is ready.
 pub(super) struct Started {
@@ -221,7 +227,8 @@ async fn begin(
     undo: &mut Undo,
 ) -> Result<Started> {
     announced.durable().await?;
-    push_undo(node, pod, undo);
+    let attaching = Attaching::default();
+    push_undo(node, pod, undo, &attaching);
     let bundle = node.dirs.pod(&pod.id);
     let files = Files::of(&bundle);
     let host_network = pod.netns().is_none();
@@ -244,7 +251,7 @@ async fn begin(
         .await?;
     }
     // The shim starts while the namespace is made, and makes the sandbox while CNI configures it.
-    let (netns_made, netns_ready) = tokio::sync::oneshot::channel::<()>();
+    let (netns_made, netns_ready) = oneshot::channel::<()>();
     let sandbox = async {
         let shim = teardown::launch(node, pod)?.start().await?;
         // An error on the other side ends this one too.
@@ -252,23 +259,56 @@ async fn begin(
         shim.create_sandbox(&bundle, &pod.spec).await?;
         Ok::<Shim, Error>(shim)
     };
-    let attachment = async {
+    let network = async {
         if host_network {
             let _ = netns_made.send(());
             return Ok(Vec::new());
         }
         let netns = node.network.create_netns(pod.id.as_str()).await?;
         let _ = netns_made.send(());
-        let attachment = node.network.attach(&network::pod_network(pod, netns)?).await?;
-        Ok::<Vec<IpAddr>, Error>(attachment.ips)
+        attaching.begin(node, network::pod_network(pod, netns)?).await
     };
-    let (shim, ips) = tokio::try_join!(sandbox, attachment)?;
+    let (shim, ips) = tokio::try_join!(sandbox, network)?;
     shim.start_sandbox(boot_limit(pod)).await?;
     if !host_network {
         files.write_addresses(&ips, &pod.config.hostname)?;
     }
     let info = shim.sandbox_status().await?.info;
     Ok(Started { shim, ips, info })
+}
+
+/// A CNI ADD in its own task: a plugin that is at work when the pod's creation fails is better let finish than
+/// killed, as long as it is quick.
+#[derive(Clone, Default)]
+struct Attaching {
+    task: Arc<Mutex<Option<JoinHandle<()>>>>,
+}
+
+impl Attaching {
+    async fn begin(&self, node: &Arc<Node>, pod: PodNetwork) -> Result<Vec<IpAddr>> {
+        let (done, attached) = oneshot::channel();
+        let network = node.network.clone();
+        let task = tokio::spawn(async move {
+            // Nobody waits where the creation has failed meanwhile; then it is undone.
+            let _ = done.send(network.attach(&pod).await);
+        });
+        *self.task.lock().unwrap_or_else(PoisonError::into_inner) = Some(task);
+        match attached.await {
+            Ok(result) => Ok(result?.ips),
+            Err(_) => Err(Error::Internal("the task of a CNI ADD ended".to_owned())),
+        }
+    }
+
+    /// Waits until no plugin is at work any more.
+    async fn settle(&self) {
+        let task = self.task.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(mut task) = task
+            && tokio::time::timeout(PLUGIN_GRACE, &mut task).await.is_err()
+        {
+            task.abort();
+            let _ = task.await;
+        }
+    }
 }
 
 fn boot_limit(pod: &PodRecord) -> Duration {
@@ -279,7 +319,7 @@ fn boot_limit(pod: &PodRecord) -> Duration {
 }
 
 /// Everything that [`begin`] does, undone in reverse: the sandbox, the network, the cgroup, the bundle.
-fn push_undo(node: &Arc<Node>, pod: &Arc<PodRecord>, undo: &mut Undo) {
+fn push_undo(node: &Arc<Node>, pod: &Arc<PodRecord>, undo: &mut Undo, attaching: &Attaching) {
     let text = |error: Error| chain(&error);
     let (n, p) = (node.clone(), pod.clone());
     undo.push("bundle", move || async move {
@@ -289,8 +329,9 @@ fn push_undo(node: &Arc<Node>, pod: &Arc<PodRecord>, undo: &mut Undo) {
     undo.push("cgroup", move || async move {
         teardown::remove_cgroup(&p).await.map_err(text)
     });
-    let (n, p) = (node.clone(), pod.clone());
+    let (n, p, attaching) = (node.clone(), pod.clone(), attaching.clone());
     undo.push("network", move || async move {
+        attaching.settle().await;
         teardown::release_network(&n, &p.id).await.map_err(text)
     });
     let (n, p) = (node.clone(), pod.clone());
