@@ -121,13 +121,17 @@ impl HostFeatures {
     }
 }
 
-/// What a handler's OCI runtime can do beyond the basics; the CRI's RuntimeHandlerFeatures.
+/// What a handler's OCI runtime can do beyond the basics; the first two are the CRI's RuntimeHandlerFeatures.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RuntimeFeatures {
     /// Mount option `rro`.
     pub recursive_read_only_mounts: bool,
     /// User namespaces with id-mapped mounts.
     pub user_namespaces: bool,
+    /// A pod is a container of its own to it, made before the others: so with the shims of kata and gVisor, not
+    /// with an OCI runtime below our namespace shim. Containers then say that they are not the pod's
+    /// (`io.kubernetes.cri.container-type`); runsc without the pod's container refuses one that says so.
+    pub sandbox_container: bool,
 }
 
 impl RuntimeFeatures {
@@ -146,6 +150,7 @@ impl RuntimeFeatures {
         Ok(RuntimeFeatures {
             recursive_read_only_mounts: features.mount_options.iter().any(|option| option == "rro"),
             user_namespaces: user && features.linux.mount_extensions.idmap.enabled.unwrap_or(false),
+            sandbox_container: false,
         })
     }
 }

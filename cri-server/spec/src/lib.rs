@@ -184,8 +184,10 @@ fn annotations(input: &ContainerInput<'_>) -> HashMap<String, String> {
         .iter()
         .map(|(name, value)| (name.clone(), value.clone()))
         .collect();
+    if input.runtime.sandbox_container {
+        all.insert("io.kubernetes.cri.container-type".into(), "container".into());
+    }
     for (key, value) in [
-        ("container-type", "container"),
         ("sandbox-id", input.sandbox_id),
         ("container-name", name),
         ("image-name", input.image_name),

@@ -239,8 +239,8 @@ mod tests {
         change: impl FnOnce(&mut PodSandboxConfig, &mut LinuxPodSandboxConfig, &mut NamespaceOption),
     ) -> std::result::Result<(), (SpecErrorKind, String)> {
         let features = RuntimeFeatures {
-            recursive_read_only_mounts: true,
             user_namespaces: true,
+            ..Default::default()
         };
         validate_pod(&pod(change), side, &features).map_err(|e| (e.kind, e.field))
     }

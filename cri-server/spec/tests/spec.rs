@@ -135,7 +135,6 @@ fn a_plain_container() {
 
     let annotations = spec.annotations().as_ref().expect("annotations");
     for (key, value) in [
-        ("container-type", "container"),
         ("sandbox-id", "s1"),
         ("container-name", "web"),
         ("image-name", "example.com/web:1"),
@@ -145,6 +144,20 @@ fn a_plain_container() {
     ] {
         assert_eq!(annotations[&format!("io.kubernetes.cri.{key}")], value);
     }
+}
+
+#[test]
+fn the_container_type_is_for_runtimes_with_a_sandbox_container() {
+    let of = |sandbox_container| {
+        let spec = Fixture::new(|f| f.runtime.sandbox_container = sandbox_container)
+            .spec()
+            .expect("spec");
+        spec.annotations()
+            .as_ref()
+            .and_then(|all| all.get("io.kubernetes.cri.container-type").cloned())
+    };
+    assert_eq!(of(true).as_deref(), Some("container"));
+    assert_eq!(of(false), None);
 }
 
 #[test]
