@@ -90,6 +90,8 @@ fn find_processes(layout: &Layout, subnet: &Subnet) -> Result<Vec<(u32, String)>
         let read = |name: &str| std::fs::read(entry.path().join(name)).unwrap_or_default();
         let words = String::from_utf8_lossy(&read("cmdline")).replace('\0', " ");
         let cwd = std::fs::read_link(entry.path().join("cwd")).unwrap_or_default();
+        // A shim has nothing of the node in its command line; its log is its standard error.
+        let log = std::fs::read_link(entry.path().join("fd/2")).unwrap_or_default();
         let in_cgroup = String::from_utf8_lossy(&read("cgroup"))
             .lines()
             .any(|line| line.contains(&group));
@@ -97,7 +99,13 @@ fn find_processes(layout: &Layout, subnet: &Subnet) -> Result<Vec<(u32, String)>
             || words.contains("docker-registry")
             || words.contains("target/tools/crictl");
         let zombie = words.is_empty();
-        if !ours && !zombie && (in_cgroup || words.contains(&base) || cwd.starts_with(&layout.base)) {
+        if !ours
+            && !zombie
+            && (in_cgroup
+                || words.contains(&base)
+                || cwd.starts_with(&layout.base)
+                || log.starts_with(layout.state.join("pods")))
+        {
             found.push((pid, words));
         }
     }

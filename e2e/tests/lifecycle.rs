@@ -373,7 +373,7 @@ fn rotation(t: &Case<'_>) -> Result<()> {
         &pod,
         &t.script(
             "main",
-            "i=0; while [ $i -lt 400 ]; do echo line-$i; i=$((i+1)); sleep 0.01; done",
+            "i=0; while [ $i -lt 120 ]; do echo line-$i; i=$((i+1)); sleep 0.01; done",
         ),
     )?;
     let path = t.status(&id)?["logPath"]
@@ -395,10 +395,10 @@ fn rotation(t: &Case<'_>) -> Result<()> {
     ensure!(!new.is_empty(), "nothing is in the new log file");
     let all = old + &new;
     let lines: Vec<&str> = all.lines().filter_map(|l| l.rsplit(' ').next()).collect();
-    let expected: Vec<String> = (0..400).map(|i| format!("line-{i}")).collect();
+    let expected: Vec<String> = (0..120).map(|i| format!("line-{i}")).collect();
     ensure!(
         lines == expected,
-        "{} lines of 400, first {:?}",
+        "{} lines of 120, first {:?}",
         lines.len(),
         lines.first()
     );

@@ -1,6 +1,7 @@
 //! An OCI runtime that is runc, until the test says otherwise. Its first argument is `--control=DIRECTORY` (see
 //! [`catamaran_e2e::failpoint`]); without it, every call is runc's.
 
+use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode};
@@ -8,6 +9,7 @@ use std::process::{Command, ExitCode};
 use anyhow::Result;
 use catamaran_e2e::binaries;
 use catamaran_e2e::failpoint::{self, Action};
+use serde_json::json;
 
 const VERBS: &[&str] = &[
     "create", "start", "run", "kill", "delete", "exec", "state", "update", "pause", "resume", "events",
@@ -56,6 +58,13 @@ fn run() -> Result<ExitCode> {
     if action == Action::Garbage {
         return Ok(ExitCode::SUCCESS);
     }
-    eprintln!("scripted fault in {verb}");
+    let message = format!("scripted fault in {verb}");
+    // As runc does: to the file of `--log`, in JSON, and to standard error.
+    if let Some(log) = words.iter().skip_while(|word| *word != "--log").nth(1) {
+        let line = json!({"level": "error", "msg": message, "time": "2026-01-01T00:00:00Z"});
+        let mut file = std::fs::File::options().create(true).append(true).open(log)?;
+        writeln!(file, "{line}")?;
+    }
+    eprintln!("{message}");
     Ok(ExitCode::FAILURE)
 }
