@@ -40,6 +40,8 @@ pub(super) enum Message {
     Done(Done),
     /// A container's first process has ended.
     Exited { container: Id, exit: Exit },
+    /// The shim lives, on a new connection.
+    Reconnected(Shim),
     /// The sandbox has ended without being asked to.
     SandboxEnded { problem: String, shim_died: bool },
 }
@@ -143,12 +145,7 @@ impl Owner {
         shim: Option<Shim>,
     ) -> Handle {
         let (owner, handle, inbox) = Self::new(node, pods, pod, containers, shim);
-        owner.watch_sandbox();
-        for (id, container) in &owner.containers {
-            if container.exit.is_none() {
-                owner.watch_container(id);
-            }
-        }
+        owner.watch_all();
         tokio::spawn(owner.run(inbox));
         handle
     }
@@ -207,6 +204,7 @@ impl Owner {
                 }
                 Message::Done(done) => self.done(done),
                 Message::Exited { container, exit } => self.exited(&container, exit),
+                Message::Reconnected(shim) => self.reconnected(shim),
                 Message::SandboxEnded { problem, shim_died } => self.sandbox_ended(problem, shim_died),
             }
         }

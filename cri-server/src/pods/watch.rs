@@ -46,18 +46,42 @@ pub(super) fn container(
     });
 }
 
-/// Tells the owner when the sandbox has ended, by itself or with its shim.
-pub(super) fn sandbox(shim: Shim, owner: WeakUnboundedSender<Message>) {
+/// Tells the owner when the sandbox has ended, by itself or with its shim, or that a broken connection was made
+/// again: then all watchers begin anew.
+pub(super) fn sandbox(dirs: &Dirs, shim: Shim, pod: &Id, owner: WeakUnboundedSender<Message>) {
+    let (pod, socket) = (pod.clone(), dirs.socket(pod));
     tokio::spawn(async move {
-        let (problem, shim_died) = match shim.wait_sandbox().await {
-            Ok(()) => ("the sandbox ended".to_owned(), false),
-            Err(error @ ShimError::Gone { .. }) => (format!("the shim died: {error}"), true),
-            Err(error) => (error.to_string(), false),
+        let message = match shim.wait_sandbox().await {
+            Ok(()) => Message::SandboxEnded {
+                problem: "the sandbox ended".to_owned(),
+                shim_died: false,
+            },
+            Err(error @ ShimError::Gone { .. }) => match reconnect(&pod, &socket).await {
+                Ok(shim) => {
+                    tracing::warn!(%pod, %error, "the connection to a shim broke and was made again");
+                    Message::Reconnected(shim)
+                }
+                Err(_) => Message::SandboxEnded {
+                    problem: format!("the shim died: {error}"),
+                    shim_died: true,
+                },
+            },
+            Err(error) => Message::SandboxEnded {
+                problem: error.to_string(),
+                shim_died: false,
+            },
         };
         if let Some(owner) = owner.upgrade() {
-            let _ = owner.send(Message::SandboxEnded { problem, shim_died });
+            // An owner that has gone has removed the pod.
+            let _ = owner.send(message);
         }
     });
+}
+
+async fn reconnect(pod: &Id, socket: &Path) -> Result<Shim, ShimError> {
+    let shim = Shim::connect(pod.as_str(), socket).await?;
+    shim.ping().await?;
+    Ok(shim)
 }
 
 /// The end that the shim recorded beside the bundle.

@@ -12,6 +12,7 @@ use crate::pods::record::Exit;
 use crate::pods::run_sandbox::{Failed, Started};
 use crate::pods::state::{ContainerState, PodState, after_exit};
 use crate::pods::{teardown, watch};
+use crate::shim::Shim;
 use crate::store::Table;
 
 impl Owner {
@@ -35,7 +36,7 @@ impl Owner {
                     pod.ips = ips;
                     pod.info = info;
                 });
-                self.watch_sandbox();
+                self.watch_all();
                 if waiting.iter().all(|reply| reply.is_closed()) {
                     self.unclaimed.push(id.clone());
                 }
@@ -175,6 +176,10 @@ impl Owner {
                     c.created_at_ns = now_ns();
                 });
                 self.watch_container(id);
+                if self.pod.state == PodState::Stopped {
+                    // The pod's stop was complete when this was heard.
+                    self.settle_containers("the pod sandbox was stopped");
+                }
                 if waiting.iter().all(|reply| reply.is_closed()) {
                     self.unclaimed.push(id.clone());
                 }
@@ -326,9 +331,28 @@ impl Owner {
         });
     }
 
-    pub(super) fn watch_sandbox(&self) {
+    pub(super) fn reconnected(&mut self, shim: Shim) {
+        if self.pod.state != PodState::Ready {
+            return;
+        }
+        self.shim = Some(shim);
+        self.publish();
+        self.watch_all();
+    }
+
+    /// Watches the sandbox and every container whose end is not recorded.
+    pub(super) fn watch_all(&self) {
+        self.watch_sandbox();
+        for (id, container) in &self.containers {
+            if container.exit.is_none() && container.state != ContainerState::Creating {
+                self.watch_container(id);
+            }
+        }
+    }
+
+    fn watch_sandbox(&self) {
         if let Some(shim) = &self.shim {
-            watch::sandbox(shim.clone(), self.me.clone());
+            watch::sandbox(&self.node.dirs, shim.clone(), &self.pod.id, self.me.clone());
         }
     }
 
