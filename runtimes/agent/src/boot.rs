@@ -7,6 +7,7 @@ use std::os::unix::fs::{DirBuilderExt, symlink};
 use std::path::Path;
 
 use nix::mount::{MsFlags, mount};
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 
 use crate::cgroup::{self, Version};
 use crate::error::{Context, Result};
@@ -84,10 +85,11 @@ fn prepare_guest() -> Result<Guest> {
     }
     modules::load().context(|| format!("cannot read {}", modules::LOAD_ORDER))?;
     protect_agent();
+    raise_limits();
     let command_line = fs::read_to_string("/proc/cmdline").context(|| "cannot read /proc/cmdline".into())?;
-    let memory_bytes = memory_total()?;
+    let memory_bytes = memory("MemTotal:")?;
     let cgroups = cgroup::mount(&command_line)?;
-    cgroup::make_pod(cgroups, memory_bytes)?;
+    cgroup::make_pod(cgroups, memory_bytes, memory("MemAvailable:")?)?;
     // The agent's own executable must not be writable through a container's view of /proc/<pid>/exe.
     mount(
         None::<&str>,
@@ -159,11 +161,24 @@ fn protect_agent() {
     }
 }
 
-fn memory_total() -> Result<u64> {
+/// Containers inherit the agent's limits where their spec sets none; as under a node's service manager.
+fn raise_limits() {
+    for (limit, value) in [
+        (Resource::RLIMIT_NOFILE, 1 << 20),
+        (Resource::RLIMIT_NPROC, RLIM_INFINITY),
+    ] {
+        if let Err(error) = setrlimit(limit, value, value) {
+            console::say(&format!("cannot raise {limit:?}: {error}"));
+        }
+    }
+}
+
+/// A field of `/proc/meminfo`, bytes.
+fn memory(field: &str) -> Result<u64> {
     let text = fs::read_to_string("/proc/meminfo").context(|| "cannot read /proc/meminfo".into())?;
     text.lines()
         .find_map(|line| {
-            line.strip_prefix("MemTotal:")?
+            line.strip_prefix(field)?
                 .trim()
                 .strip_suffix(" kB")?
                 .trim()
@@ -171,6 +186,6 @@ fn memory_total() -> Result<u64> {
                 .ok()
         })
         .map(|kib| kib * 1024)
-        .ok_or("no MemTotal")
+        .ok_or_else(|| format!("no {field}"))
         .context(|| "cannot read /proc/meminfo".into())
 }

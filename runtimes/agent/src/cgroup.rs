@@ -20,7 +20,7 @@ pub(crate) const ROOT: &str = "/sys/fs/cgroup";
 pub(crate) const POD: &str = "/pod";
 /// Word of the kernel's command line that selects version 1, for images that need it.
 const V1_CMDLINE: &str = "catamaran.cgroup=v1";
-/// Memory that containers cannot take from kernel and agent: this and a 32nd of all.
+/// Available memory that containers cannot take from kernel and agent: this and a 32nd of all memory.
 const RESERVE_BYTES: u64 = 16 << 20;
 /// Tasks that containers cannot take.
 const RESERVE_TASKS: u64 = 256;
@@ -99,9 +99,9 @@ fn v1_controllers(list: &str) -> impl Iterator<Item = &str> {
         })
 }
 
-/// Makes `/pod` with its limits.
-pub(crate) fn make_pod(version: Version, memory_bytes: u64) -> Result<()> {
-    let memory = memory_bytes.saturating_sub(RESERVE_BYTES + memory_bytes / 32);
+/// Makes `/pod` with its limits. Of `available` memory, what kernel and agent have taken is off already.
+pub(crate) fn make_pod(version: Version, memory_bytes: u64, available: u64) -> Result<()> {
+    let memory = available.saturating_sub(RESERVE_BYTES + memory_bytes / 32);
     let tasks = max_tasks().saturating_sub(RESERVE_TASKS).max(RESERVE_TASKS);
     for directory in directories(version, POD) {
         fs::create_dir_all(&directory).context(|| format!("cannot make cgroup {}", directory.display()))?;

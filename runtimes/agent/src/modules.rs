@@ -10,6 +10,7 @@ use nix::kmod::{ModuleInitFlags, finit_module};
 
 use crate::console;
 
+const DIRECTORY: &str = "/modules";
 /// The list, written by `guest build`.
 pub(crate) const LOAD_ORDER: &str = "/modules/load.order";
 
@@ -22,7 +23,7 @@ pub(crate) fn load() -> io::Result<()> {
         Err(error) => return Err(error),
     };
     for path in paths(&list) {
-        let path = Path::new("/modules").join(path);
+        let path = Path::new(DIRECTORY).join(path);
         let loaded = File::open(&path)
             .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))
             .and_then(|file| finit_module(&file, c"", ModuleInitFlags::empty()));
@@ -32,7 +33,8 @@ pub(crate) fn load() -> io::Result<()> {
             Err(error) => console::say(&format!("module {} not loaded: {error}", path.display())),
         }
     }
-    Ok(())
+    // The files are memory that containers can use.
+    std::fs::remove_dir_all(DIRECTORY)
 }
 
 /// Paths of the list, relative to `/modules` or absolute.

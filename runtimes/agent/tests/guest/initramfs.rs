@@ -1,8 +1,6 @@
 //! Writes an initramfs (newc cpio, kernel Documentation "initramfs buffer format") for the tests: the agent
 //! as `/init`, and busybox as a root file system in `/testroot`.
 
-use std::path::Path;
-
 /// Archive under construction.
 pub(crate) struct Initramfs {
     bytes: Vec<u8>,
@@ -67,8 +65,12 @@ impl Initramfs {
         self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
     }
 
-    pub(crate) fn write(&mut self, path: &Path) {
+    /// Ends the archive.
+    pub(crate) fn finish(&mut self) {
         self.entry("TRAILER!!!", 0, (0, 0), &[]);
-        std::fs::write(path, &self.bytes).expect("write the initramfs");
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
     }
 }

@@ -327,7 +327,14 @@ fn write_initramfs(path: &Path) {
             b"root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n",
         )
         .file("testroot/etc/group", 0o644, b"root:x:0:\nuser:x:1000:\n")
-        .write(path);
+        .finish();
+    // The kernel unpacks one archive after the other: a distribution kernel's modules come first.
+    let mut bytes = std::env::var_os("CATAMARAN_TEST_INITRAMFS")
+        .map(|base| std::fs::read(base).expect("CATAMARAN_TEST_INITRAMFS"))
+        .unwrap_or_default();
+    bytes.resize(bytes.len().next_multiple_of(512), 0);
+    bytes.extend_from_slice(archive.bytes());
+    std::fs::write(path, bytes).expect("write the initramfs");
 }
 
 /// An ordinary container's spec that runs a shell script in the guest's `/testroot`.
