@@ -28,7 +28,7 @@ pub fn serve(registry: &Registry, hosts: &Path) -> Result<()> {
     registry.push("pause:3.9", &pause)?;
     let nginx = nginx(80)?;
     registry.push("e2e-test-images/nginx:1.14-2", &nginx)?;
-    registry.push("e2e-test-images/httpd:2.4.39-4", &nginx)?;
+    registry.push("e2e-test-images/httpd:2.4.39-4", &httpd()?)?;
     // The name that critest asks for ends in Go's name of the architecture.
     let own = format!(
         "k8s-staging-cri-tools/hostnet-nginx-{}:latest",
@@ -102,9 +102,10 @@ fn base() -> Result<Layer> {
 }
 
 fn accounts(layer: Layer, passwd: &str, group: &str) -> Result<Layer> {
-    let passwd =
-        format!("root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33:www-data:/var/www:/bin/false\n{passwd}");
-    let group = format!("root:x:0:\nwww-data:x:33:\nusers:x:100:\n{group}");
+    let passwd = format!(
+        "root:x:0:0:root:/root:/bin/sh\nwww-data:x:33:33:www-data:/var/www:/bin/false\nnobody:x:65534:65534:nobody:/home:/bin/false\n{passwd}"
+    );
+    let group = format!("root:x:0:\nwww-data:x:33:\nusers:x:100:\nnogroup:x:65534:\n{group}");
     layer.file("etc/passwd", 0o644, (0, 0), passwd.as_bytes())?.file(
         "etc/group",
         0o644,
@@ -165,6 +166,13 @@ fn effective_user() -> Result<Image> {
     )
 }
 
+/// A web server that logs its command line when it starts, as the suite expects of Apache's.
+fn httpd() -> Result<Image> {
+    let script = b"#!/bin/sh\necho \"Command line: 'httpd -D FOREGROUND'\"\nexec httpd -f -p 80 -h /usr/share/nginx/html\n";
+    let layer = base()?.file("usr/bin/httpd-foreground", 0o755, (0, 0), script)?;
+    finish(accounts(layer, "", "")?, json!({"Cmd": ["httpd-foreground"]}))
+}
+
 /// Debian's nginx with the libraries it is linked to, serving one page.
 fn nginx(port: u16) -> Result<Image> {
     let binary = binaries::system("nginx")?;
@@ -188,12 +196,5 @@ fn nginx(port: u16) -> Result<Image> {
     );
     let layer = layer.file("etc/nginx.conf", 0o644, (0, 0), config.as_bytes())?;
     let command = json!(["nginx", "-c", "/etc/nginx.conf", "-g", "daemon off;"]);
-    finish(
-        accounts(
-            layer,
-            "nobody:x:65534:65534::/:/bin/false\n",
-            "nogroup:x:65534:\n",
-        )?,
-        json!({"Cmd": command}),
-    )
+    finish(accounts(layer, "", "")?, json!({"Cmd": command}))
 }

@@ -152,7 +152,7 @@ fn containers(t: &Case<'_>) -> Result<()> {
             "/devices",
             json!([{"host_path": "/dev/no-such", "container_path": "/dev/x", "permissions": "r"}]),
             "",
-            "no-such",
+            "devices",
         ),
     ];
     for row in rows {
@@ -162,7 +162,7 @@ fn containers(t: &Case<'_>) -> Result<()> {
             .create_fails(&pod, &request)
             .with_context(|| format!("{} = {}", row.0, row.1))?;
         if row.2.is_empty() {
-            ensure!(message.contains(row.3), "{} is not named: {message}", row.0);
+            ensure!(message.contains(row.3), "{} is not named ({}): {message}", row.0, row.3);
         } else {
             check(&message, &row)?;
         }

@@ -108,6 +108,9 @@ fn lints(report: &mut Report) -> Result<(), Failure> {
 
 fn component_missing(name: &str) -> bool {
     let mut version = Command::new("cargo");
-    version.args([name, "--version"]).stdout(Stdio::null()).stderr(Stdio::null());
+    version
+        .args([name, "--version"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
     version.status().map_or(true, |status| !status.success())
 }

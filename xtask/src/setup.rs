@@ -61,7 +61,7 @@ pub(crate) fn run() -> Result<(), Failure> {
     for tool in TOOLS {
         build(tool)?;
     }
-    Ok(())
+    busybox()
 }
 
 /// Installs those of the packages that are missing.
@@ -118,6 +118,20 @@ fn build(tool: &Tool) -> Result<(), Failure> {
         .directory(&module)
         .env("GOFLAGS", "-mod=readonly")
         .run()?;
+    std::fs::write(&stamp, wanted).map_err(|e| format!("{}: {e}", stamp.display()))
+}
+
+/// The busybox of the conformance suite's images, from Debian's source.
+fn busybox() -> Result<(), Failure> {
+    let script = root().join("e2e/tools/busybox/build");
+    let directory = root().join("target/tools");
+    let (output, stamp) = (directory.join("busybox"), directory.join("busybox.stamp"));
+    let wanted = std::fs::read_to_string(&script).map_err(|e| format!("{}: {e}", script.display()))?;
+    if output.exists() && std::fs::read_to_string(&stamp).is_ok_and(|text| text == wanted) {
+        return Ok(());
+    }
+    let (script, output) = (script.display().to_string(), output.display().to_string());
+    Step::new("busybox", &[&script, &output]).run()?;
     std::fs::write(&stamp, wanted).map_err(|e| format!("{}: {e}", stamp.display()))
 }
 
