@@ -60,7 +60,7 @@ enum ConfigAction {
 /// Where the daemon is.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// Configuration file (YAML); by default /etc/catamaran/config.yaml where that exists.
+    /// Configuration file (YAML); by default /etc/catamaran/catamaran.yaml where that exists.
     #[arg(long)]
     config: Option<PathBuf>,
     /// What outlives a reboot.
@@ -75,7 +75,7 @@ pub(crate) struct Options {
 }
 
 /// The configuration that is used when none is named and it exists.
-const DEFAULT_FILE: &str = "/etc/catamaran/config.yaml";
+const DEFAULT_FILE: &str = "/etc/catamaran/catamaran.yaml";
 
 impl Options {
     fn load(&self) -> Result<Config, ConfigError> {
