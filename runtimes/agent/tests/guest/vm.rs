@@ -51,7 +51,10 @@ pub(crate) fn missing() -> Option<String> {
 
 fn kernel() -> PathBuf {
     std::env::var_os("CATAMARAN_TEST_KERNEL")
-        .map_or_else(|| "/var/tmp/guest-min/vmlinux".into(), PathBuf::from)
+        .map_or_else(
+            || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/guest-kernel/vmlinux"),
+            PathBuf::from,
+        )
 }
 
 fn agent() -> PathBuf {

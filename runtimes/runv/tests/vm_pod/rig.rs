@@ -45,7 +45,7 @@ fn agent() -> Option<PathBuf> {
 /// The quickest kernel that is there: `CATAMARAN_TEST_KERNEL`, the minimal one, or an installed one.
 fn kernel() -> Option<PathBuf> {
     let named = std::env::var_os("CATAMARAN_TEST_KERNEL").map(PathBuf::from);
-    let minimal = Path::new("/var/tmp/guest-min/vmlinux").to_owned();
+    let minimal = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/guest-kernel/vmlinux");
     named
         .into_iter()
         .chain([minimal])
