@@ -77,7 +77,11 @@ pub fn processes(layout: &Layout, subnet: &Subnet, expected: &[u32]) -> Result<V
         .collect())
 }
 
-fn find_processes(layout: &Layout, subnet: &Subnet) -> Result<Vec<(u32, String)>> {
+/// Process ids and command lines of everything that works below the node's directory or in its cgroups.
+///
+/// # Errors
+/// /proc cannot be read.
+pub fn find_processes(layout: &Layout, subnet: &Subnet) -> Result<Vec<(u32, String)>> {
     let base = layout.base.to_string_lossy().into_owned();
     let group = format!("/{}/", subnet.name());
     let mut found = Vec::new();

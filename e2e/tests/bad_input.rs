@@ -162,7 +162,12 @@ fn containers(t: &Case<'_>) -> Result<()> {
             .create_fails(&pod, &request)
             .with_context(|| format!("{} = {}", row.0, row.1))?;
         if row.2.is_empty() {
-            ensure!(message.contains(row.3), "{} is not named ({}): {message}", row.0, row.3);
+            ensure!(
+                message.contains(row.3),
+                "{} is not named ({}): {message}",
+                row.0,
+                row.3
+            );
         } else {
             check(&message, &row)?;
         }

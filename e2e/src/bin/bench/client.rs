@@ -1,0 +1,162 @@
+//! The CRI over its socket, with k8s-cri: a binding that is not ours.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+use catamaran_e2e::node::Node;
+use hyper_util::rt::TokioIo;
+use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
+use k8s_cri::v1::{
+    ContainerConfig, ContainerMetadata, CreateContainerRequest, ExecSyncRequest, ImageSpec,
+    LinuxContainerConfig, LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
+    NamespaceOption, PodSandboxConfig, PodSandboxMetadata, RemovePodSandboxRequest, RunPodSandboxRequest,
+    StartContainerRequest, StopPodSandboxRequest,
+};
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint};
+use tower::service_fn;
+
+/// One connection to a daemon.
+pub(crate) struct Client {
+    runtime: RuntimeServiceClient<Channel>,
+}
+
+/// As a kubelet asks: network and IPC the pod's, PID each container's own.
+fn namespaces() -> NamespaceOption {
+    NamespaceOption {
+        pid: 1,
+        ..NamespaceOption::default()
+    }
+}
+
+impl Client {
+    pub(crate) async fn connect(socket: &Path) -> Result<Self> {
+        let socket: PathBuf = socket.to_owned();
+        // The name is never resolved: the connector goes to the socket.
+        let channel = Endpoint::try_from("http://localhost")?
+            .connect_with_connector(service_fn(move |_| {
+                let socket = socket.clone();
+                async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+            }))
+            .await?;
+        Ok(Self {
+            runtime: RuntimeServiceClient::new(channel),
+        })
+    }
+
+    pub(crate) fn pod(&self, node: &Node, name: &str) -> PodSandboxConfig {
+        PodSandboxConfig {
+            metadata: Some(PodSandboxMetadata {
+                name: name.to_owned(),
+                uid: format!("uid-{name}"),
+                namespace: "bench".to_owned(),
+                attempt: 0,
+            }),
+            hostname: name.to_owned(),
+            log_directory: node.layout.logs.join(name).display().to_string(),
+            linux: Some(LinuxPodSandboxConfig {
+                cgroup_parent: format!("/{}/{name}", node.subnet.name()),
+                security_context: Some(LinuxSandboxSecurityContext {
+                    namespace_options: Some(namespaces()),
+                    ..LinuxSandboxSecurityContext::default()
+                }),
+                ..LinuxPodSandboxConfig::default()
+            }),
+            ..PodSandboxConfig::default()
+        }
+    }
+
+    pub(crate) async fn run_pod(
+        &mut self,
+        config: &PodSandboxConfig,
+        handler: &str,
+    ) -> Result<(String, Duration)> {
+        let request = RunPodSandboxRequest {
+            config: Some(config.clone()),
+            runtime_handler: handler.to_owned(),
+        };
+        let begun = Instant::now();
+        let answer = self.runtime.run_pod_sandbox(request).await?;
+        Ok((answer.into_inner().pod_sandbox_id, begun.elapsed()))
+    }
+
+    pub(crate) async fn create_and_start(
+        &mut self,
+        pod: &str,
+        pod_config: &PodSandboxConfig,
+        image: &str,
+        attempt: u32,
+    ) -> Result<(String, Duration)> {
+        let config = ContainerConfig {
+            metadata: Some(ContainerMetadata {
+                name: "main".to_owned(),
+                attempt,
+            }),
+            image: Some(ImageSpec {
+                image: image.to_owned(),
+                annotations: HashMap::new(),
+                ..ImageSpec::default()
+            }),
+            command: vec!["sleep".to_owned(), "2147483647".to_owned()],
+            log_path: format!("main-{attempt}.log"),
+            linux: Some(LinuxContainerConfig {
+                security_context: Some(LinuxContainerSecurityContext {
+                    namespace_options: Some(namespaces()),
+                    ..LinuxContainerSecurityContext::default()
+                }),
+                ..LinuxContainerConfig::default()
+            }),
+            ..ContainerConfig::default()
+        };
+        let request = CreateContainerRequest {
+            pod_sandbox_id: pod.to_owned(),
+            config: Some(config),
+            sandbox_config: Some(pod_config.clone()),
+        };
+        let begun = Instant::now();
+        let container_id = self
+            .runtime
+            .create_container(request)
+            .await?
+            .into_inner()
+            .container_id;
+        self.runtime
+            .start_container(StartContainerRequest {
+                container_id: container_id.clone(),
+            })
+            .await?;
+        Ok((container_id, begun.elapsed()))
+    }
+
+    pub(crate) async fn exec(&mut self, container: &str) -> Result<Duration> {
+        let cmd = vec!["echo".to_owned(), "x".to_owned()];
+        let request = ExecSyncRequest {
+            container_id: container.to_owned(),
+            cmd,
+            timeout: 30,
+        };
+        let begun = Instant::now();
+        let answer = self.runtime.exec_sync(request).await?.into_inner();
+        let took = begun.elapsed();
+        if answer.exit_code != 0 || answer.stdout != b"x\n" {
+            bail!("echo ended with {}: {:?}", answer.exit_code, answer.stdout);
+        }
+        Ok(took)
+    }
+
+    pub(crate) async fn remove(&mut self, pod: &str) -> Result<Duration> {
+        let pod_sandbox_id = pod.to_owned();
+        let begun = Instant::now();
+        self.runtime
+            .stop_pod_sandbox(StopPodSandboxRequest {
+                pod_sandbox_id: pod_sandbox_id.clone(),
+            })
+            .await?;
+        self.runtime
+            .remove_pod_sandbox(RemovePodSandboxRequest { pod_sandbox_id })
+            .await?;
+        Ok(begun.elapsed())
+    }
+}
