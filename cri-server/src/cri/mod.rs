@@ -4,9 +4,12 @@
 pub mod convert;
 mod image_service;
 mod layer;
+mod metric_descriptors;
+mod metrics;
 mod node_status;
 mod runtime_service;
 mod serve;
+mod shim_stats;
 mod stats;
 
 /// Messages, clients and servers of the CRI.

@@ -17,7 +17,7 @@ pub(super) async fn status(node: &Node, verbose: bool) -> api::StatusResponse {
         },
         Err(error) => (false, error.to_string()),
     };
-    let network = node.network.status();
+    let network = node.network.ready().await;
     let condition = |kind: &str, status: bool, reason: &str, message: String| api::RuntimeCondition {
         r#type: kind.to_owned(),
         status,

@@ -11,7 +11,7 @@ use tokio::sync::broadcast::error::RecvError;
 use tonic::{Request, Response, Status};
 
 use super::api::runtime_service_server::RuntimeService;
-use super::{api, convert, node_status, stats};
+use super::{api, convert, metrics, node_status, stats};
 use crate::config::CgroupDriver;
 use crate::error::Error;
 use crate::pods::Pods;
@@ -490,14 +490,18 @@ impl RuntimeService for Runtime {
         &self,
         _: Request<api::ListMetricDescriptorsRequest>,
     ) -> Reply<api::ListMetricDescriptorsResponse> {
-        unserved("ListMetricDescriptors")
+        ok(api::ListMetricDescriptorsResponse {
+            descriptors: metrics::descriptors(),
+        })
     }
 
     async fn list_pod_sandbox_metrics(
         &self,
         _: Request<api::ListPodSandboxMetricsRequest>,
     ) -> Reply<api::ListPodSandboxMetricsResponse> {
-        unserved("ListPodSandboxMetrics")
+        ok(api::ListPodSandboxMetricsResponse {
+            pod_metrics: metrics::pods(&self.pods).await?,
+        })
     }
 
     type StreamPodSandboxMetricsStream = Streamed<api::StreamPodSandboxMetricsResponse>;
@@ -506,7 +510,10 @@ impl RuntimeService for Runtime {
         &self,
         _: Request<api::StreamPodSandboxMetricsRequest>,
     ) -> Reply<Self::StreamPodSandboxMetricsStream> {
-        unserved("StreamPodSandboxMetrics")
+        let items = metrics::pods(&self.pods).await?;
+        ok(chunks(items, CHUNK, |pod_sandbox_metrics| {
+            api::StreamPodSandboxMetricsResponse { pod_sandbox_metrics }
+        }))
     }
 
     async fn runtime_config(

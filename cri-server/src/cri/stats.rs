@@ -6,12 +6,9 @@ use std::sync::Arc;
 
 use catamaran_cgroups::{CgroupStats, InterfaceStats, Pressure};
 use catamaran_network::POD_INTERFACE;
-use containerd_shim_protos::{cgroups, cgroups_v2};
 use futures::future::join_all;
-use protobuf::Message as _;
-use protobuf::well_known_types::any::Any;
 
-use super::{api, convert};
+use super::{api, convert, shim_stats};
 use crate::config::{CgroupDriver, HandlerType};
 use crate::error::{Error, Result, chain};
 use crate::node::{Node, now_ns};
@@ -33,7 +30,7 @@ pub(super) async fn container(
         (true, HandlerType::Vm) => guest_stats(view, container).await?,
         (true, HandlerType::Oci) => {
             let path = cgroup_path(node, &view.pod, container)?;
-            blocking(move || read_cgroup(&path)).await?
+            blocking(move || read(catamaran_cgroups::container_stats, &path)).await?
         }
     };
     let (node, record) = (node.clone(), container.clone());
@@ -68,7 +65,8 @@ async fn many(
         let node = node.clone();
         blocking(move || {
             let one = |(view, record): (Arc<PodView>, Arc<ContainerRecord>)| {
-                let used = read_cgroup(&cgroup_path(&node, &view.pod, &record).ok()?).ok()?;
+                let path = cgroup_path(&node, &view.pod, &record).ok()?;
+                let used = read(catamaran_cgroups::container_stats, &path).ok()?;
                 Some(container_message(&node, &record, used))
             };
             Ok(hosts.into_iter().filter_map(one).collect::<Vec<_>>())
@@ -111,14 +109,16 @@ pub(super) async fn pods(pods: &Pods, filter: &api::PodSandboxStatsFilter) -> Ve
     all.into_iter().filter_map(Result::ok).collect()
 }
 
-fn runs(container: &ContainerRecord) -> bool {
+pub(super) fn runs(container: &ContainerRecord) -> bool {
     matches!(
         container.state,
         ContainerState::Running | ContainerState::Stopping
     )
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(error) => Err(Error::Internal(format!("a task ended: {error}"))),
@@ -126,7 +126,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
 }
 
 /// Path of the pod's cgroup below the hierarchies' mounts.
-fn pod_cgroup(node: &Node, pod: &PodRecord) -> Result<String> {
+pub(super) fn pod_cgroup(node: &Node, pod: &PodRecord) -> Result<String> {
     match node.config.cgroup_driver {
         CgroupDriver::Cgroupfs => Ok(pod.cgroup_parent.clone()),
         CgroupDriver::Systemd => {
@@ -140,7 +140,7 @@ fn pod_cgroup(node: &Node, pod: &PodRecord) -> Result<String> {
 }
 
 /// The container's cgroup as its spec names it.
-fn cgroup_path(node: &Node, pod: &PodRecord, container: &ContainerRecord) -> Result<String> {
+pub(super) fn cgroup_path(node: &Node, pod: &PodRecord, container: &ContainerRecord) -> Result<String> {
     let id = container.id.as_str();
     match node.config.cgroup_driver {
         CgroupDriver::Cgroupfs => Ok(format!("{}/{id}", pod.cgroup_parent.trim_end_matches('/'))),
@@ -154,8 +154,12 @@ fn cgroup_path(node: &Node, pod: &PodRecord, container: &ContainerRecord) -> Res
     }
 }
 
-fn read_cgroup(path: &str) -> Result<CgroupStats> {
-    catamaran_cgroups::container_stats(path).map_err(|e| Error::Cgroup {
+/// Reads a cgroup by one of `catamaran_cgroups`' functions.
+pub(super) fn read(
+    by: impl Fn(&str) -> catamaran_cgroups::Result<CgroupStats>,
+    path: &str,
+) -> Result<CgroupStats> {
+    by(path).map_err(|e| Error::Cgroup {
         path: path.to_owned(),
         problem: chain(&e),
     })
@@ -202,7 +206,7 @@ fn container_message(node: &Node, container: &ContainerRecord, used: CgroupStats
 
 fn pod_message(node: &Node, pod: &PodRecord, containers: Vec<api::ContainerStats>) -> api::PodSandboxStats {
     let used = pod_cgroup(node, pod)
-        .and_then(|path| read_cgroup(&path))
+        .and_then(|path| read(catamaran_cgroups::pod_stats, &path))
         .unwrap_or_else(|error| {
             tracing::debug!(pod = %pod.id, error = %chain(&error), "the pod's cgroup cannot be read");
             CgroupStats {
@@ -296,91 +300,10 @@ fn network(netns: Option<&PathBuf>) -> Option<api::NetworkUsage> {
     })
 }
 
-async fn guest_stats(view: &PodView, container: &ContainerRecord) -> Result<CgroupStats> {
+pub(super) async fn guest_stats(view: &PodView, container: &ContainerRecord) -> Result<CgroupStats> {
     let shim = view
         .shim
         .as_ref()
         .ok_or_else(|| Error::Unavailable(format!("the shim of container {} is gone", container.id)))?;
-    metrics(&shim.stats(container.id.as_str()).await?)
-}
-
-/// containerd's cgroup metrics, either version, in our form.
-fn metrics(any: &Any) -> Result<CgroupStats> {
-    use catamaran_cgroups::{CpuStats, MemoryStats, PidsStats};
-    let bad = |e: protobuf::Error| Error::Internal(format!("the shim's statistics: {e}"));
-    let kind = any.type_url.rsplit('/').next().unwrap_or_default();
-    let mut used = CgroupStats {
-        timestamp_ns: now_ns(),
-        ..CgroupStats::default()
-    };
-    match kind {
-        "io.containerd.cgroups.v2.Metrics" => {
-            let m = cgroups_v2::metrics::Metrics::parse_from_bytes(&any.value).map_err(bad)?;
-            used.cpu = m.cpu.as_ref().map(|cpu| CpuStats {
-                usage_ns: cpu.usage_usec.saturating_mul(1000),
-                user_ns: cpu.user_usec.saturating_mul(1000),
-                system_ns: cpu.system_usec.saturating_mul(1000),
-                ..CpuStats::default()
-            });
-            used.memory = m.memory.as_ref().map(|memory| {
-                let limit = Some(memory.usage_limit).filter(|limit| *limit != 0 && *limit != u64::MAX);
-                let working_set = memory.usage.saturating_sub(memory.inactive_file);
-                MemoryStats {
-                    usage: memory.usage,
-                    working_set,
-                    rss: memory.anon,
-                    limit,
-                    available: limit.map(|limit| limit.saturating_sub(working_set)),
-                    swap_usage: memory.swap_usage,
-                    page_faults: memory.pgfault,
-                    major_page_faults: memory.pgmajfault,
-                    ..MemoryStats::default()
-                }
-            });
-            used.pids = m.pids.as_ref().map(|pids| PidsStats {
-                processes: pids.current,
-                threads: pids.current,
-                limit: Some(pids.limit).filter(|limit| *limit != 0),
-            });
-        }
-        "io.containerd.cgroups.v1.Metrics" => {
-            let m = cgroups::metrics::Metrics::parse_from_bytes(&any.value).map_err(bad)?;
-            used.cpu = m
-                .cpu
-                .as_ref()
-                .and_then(|cpu| cpu.usage.as_ref())
-                .map(|usage| CpuStats {
-                    usage_ns: usage.total,
-                    user_ns: usage.user,
-                    system_ns: usage.kernel,
-                    ..CpuStats::default()
-                });
-            used.memory = m.memory.as_ref().map(|memory| {
-                let usage = memory.usage.usage;
-                let limit = Some(memory.usage.limit).filter(|limit| *limit != 0 && *limit < 1 << 62);
-                let working_set = usage.saturating_sub(memory.total_inactive_file);
-                MemoryStats {
-                    usage,
-                    working_set,
-                    rss: memory.total_rss,
-                    limit,
-                    available: limit.map(|limit| limit.saturating_sub(working_set)),
-                    page_faults: memory.total_pg_fault,
-                    major_page_faults: memory.total_pg_maj_fault,
-                    ..MemoryStats::default()
-                }
-            });
-            used.pids = m.pids.as_ref().map(|pids| PidsStats {
-                processes: pids.current,
-                threads: pids.current,
-                limit: Some(pids.limit).filter(|limit| *limit != 0),
-            });
-        }
-        other => {
-            return Err(Error::Internal(format!(
-                "the shim's statistics are of an unknown kind {other:?}"
-            )));
-        }
-    }
-    Ok(used)
+    shim_stats::parse(&shim.stats(container.id.as_str()).await?)
 }
