@@ -41,6 +41,8 @@ pub struct Config {
     pub images: ImagesSection,
     /// Where the clients of exec, attach and port-forward come to.
     pub streaming: StreamingSection,
+    /// The daemon's own metrics.
+    pub metrics: MetricsSection,
 }
 
 /// CRI CgroupDriver.
@@ -137,6 +139,14 @@ pub struct StreamingSection {
     pub tls_key: Option<PathBuf>,
 }
 
+/// The daemon's own metrics, for Prometheus.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MetricsSection {
+    /// Address and port of an HTTP server with `/metrics`; none unless set.
+    pub address: Option<std::net::SocketAddr>,
+}
+
 impl Default for StreamingSection {
     fn default() -> Self {
         Self {
@@ -178,6 +188,7 @@ impl Default for Config {
             network: NetworkSection::default(),
             images: ImagesSection::default(),
             streaming: StreamingSection::default(),
+            metrics: MetricsSection::default(),
         }
     }
 }

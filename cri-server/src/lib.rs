@@ -15,6 +15,7 @@ pub mod error;
 pub mod events;
 mod favordynmods;
 pub mod handlers;
+mod metrics;
 pub mod node;
 pub mod pods;
 pub mod shim;

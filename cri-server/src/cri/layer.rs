@@ -1,9 +1,10 @@
-//! Around every RPC: a span with its name, the caller's deadline, and a log line with its status and time. A
-//! failed one is logged where it failed for the operator, too; a fast good one only at debug.
+//! Around every RPC: a span with its name, the caller's deadline, a log line with its status and time, and the
+//! same for the daemon's metrics. A failed one is logged where it failed for the operator, too; a fast good one only at debug.
 //!
 //! The deadline is held here because tonic's own answers CANCELLED where gRPC has DEADLINE_EXCEEDED.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -12,24 +13,58 @@ use tonic::Status;
 use tower::{Layer, Service};
 use tracing::Instrument as _;
 
+use crate::metrics::RpcMetrics;
+
 /// A successful RPC that took longer is worth a line.
 const SLOW: Duration = Duration::from_secs(2);
 
 /// The layer.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Observed;
+#[derive(Debug, Clone)]
+pub(super) struct Observed {
+    /// Where they are counted.
+    pub(super) rpcs: Arc<RpcMetrics>,
+}
 
 /// A service within the layer.
 #[derive(Debug, Clone)]
 pub(super) struct ObservedService<S> {
     inner: S,
+    rpcs: Arc<RpcMetrics>,
+}
+
+/// An RPC that is counted when it is answered, or as cancelled when its caller goes before.
+struct Counted {
+    rpcs: Arc<RpcMetrics>,
+    name: String,
+    begun: Instant,
+    code: tonic::Code,
+}
+
+impl Counted {
+    /// A status that is an error comes in the headers; a good one only with the body.
+    fn answered<Out>(&mut self, response: &Response<Out>) {
+        self.code = match response.headers().get("grpc-status") {
+            Some(code) => tonic::Code::from_bytes(code.as_bytes()),
+            None => tonic::Code::Ok,
+        };
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.rpcs
+            .observe(&self.name, self.code.into(), self.begun.elapsed());
+    }
 }
 
 impl<S> Layer<S> for Observed {
     type Service = ObservedService<S>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        ObservedService { inner }
+        ObservedService {
+            inner,
+            rpcs: self.rpcs.clone(),
+        }
     }
 }
 
@@ -58,6 +93,12 @@ where
             .to_owned();
         let span = tracing::info_span!("rpc", name = rpc);
         let begun = Instant::now();
+        let mut counted = Counted {
+            rpcs: self.rpcs.clone(),
+            name: rpc,
+            begun,
+            code: tonic::Code::Cancelled,
+        };
         let limit = request
             .headers()
             .get("grpc-timeout")
@@ -72,6 +113,7 @@ where
                 },
             };
             if let Ok(response) = &result {
+                counted.answered(response);
                 log(response, begun.elapsed());
             }
             result
@@ -148,6 +190,40 @@ mod tests {
         for text in ["", "5", "m", "-1S", "123456789S", "5x", "5\u{e9}"] {
             assert_eq!(deadline(text), None, "{text:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn answers_errors_and_callers_that_go_are_counted() {
+        let rpcs = Arc::new(RpcMetrics::default());
+        let layer = Observed { rpcs: rpcs.clone() };
+        let mut service = layer.layer(tower::service_fn(async |request: Request<&'static str>| {
+            match *request.body() {
+                "good" => {}
+                "bad" => return Ok(Status::not_found("no").into_http::<String>()),
+                _ => std::future::pending().await,
+            }
+            Ok::<_, std::convert::Infallible>(Response::new(String::new()))
+        }));
+        let request = |body| {
+            Request::builder()
+                .uri("/runtime.v1.RuntimeService/Version")
+                .body(body)
+        };
+        service.call(request("good").unwrap()).await.unwrap();
+        service.call(request("bad").unwrap()).await.unwrap();
+        let hanging = service.call(request("hang").unwrap());
+        assert!(
+            tokio::time::timeout(Duration::from_millis(20), hanging)
+                .await
+                .is_err()
+        );
+        for code in [tonic::Code::Ok, tonic::Code::NotFound, tonic::Code::Cancelled] {
+            assert_eq!(rpcs.count("Version", code.into()), 1, "{code:?}");
+        }
+        let mut timed = request("hang").unwrap();
+        timed.headers_mut().insert("grpc-timeout", "20m".parse().unwrap());
+        service.call(timed).await.unwrap();
+        assert_eq!(rpcs.count("Version", tonic::Code::DeadlineExceeded.into()), 1);
     }
 
     #[test]

@@ -22,6 +22,7 @@ use crate::config::Config;
 use crate::error::Error;
 use crate::events::Events;
 use crate::handlers::Handlers;
+use crate::metrics::RpcMetrics;
 use crate::node::{Dirs, Node};
 use crate::pods::Pods;
 use crate::store::{Store, StoreError};
@@ -57,6 +58,14 @@ pub enum ServeError {
     Listen {
         /// Where.
         path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The metrics' address.
+    #[error("cannot serve metrics on {address}; free it, or set another metrics.address")]
+    Metrics {
+        /// Where.
+        address: std::net::SocketAddr,
         /// Why.
         source: std::io::Error,
     },
@@ -100,12 +109,20 @@ pub async fn serve(
     let pods = Pods::recover(node.clone(), pods, containers).await;
     ask_ahead(&node);
     let streaming = Arc::new(crate::streaming::bind(pods.clone(), streaming_config(&node.config)?).await?);
+    let rpcs = Arc::new(RpcMetrics::default());
+    let _metrics = match node.config.metrics.address {
+        Some(address) => {
+            let bound = crate::metrics::bind(address, rpcs.clone(), pods.clone()).await;
+            Some(bound.map_err(|source| ServeError::Metrics { address, source })?)
+        }
+        None => None,
+    };
     let listener = listen(&path)?;
     tracing::info!(socket = %path.display(), "serving");
     let events = node.events.clone();
     let (ending, ended) = tokio::sync::oneshot::channel::<()>();
     let serving = Server::builder()
-        .layer(Observed)
+        .layer(Observed { rpcs })
         .add_service(
             RuntimeServiceServer::new(Runtime::new(pods.clone(), streaming.clone()))
                 .max_decoding_message_size(MAX_MESSAGE),
