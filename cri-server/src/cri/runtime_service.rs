@@ -533,8 +533,13 @@ impl RuntimeService for Runtime {
 
     async fn update_pod_sandbox_resources(
         &self,
-        _: Request<api::UpdatePodSandboxResourcesRequest>,
+        request: Request<api::UpdatePodSandboxResourcesRequest>,
     ) -> Reply<api::UpdatePodSandboxResourcesResponse> {
-        unserved("UpdatePodSandboxResources")
+        let request = request.into_inner();
+        let id = named(&request.pod_sandbox_id, "pod_sandbox_id")?;
+        self.pods
+            .update_sandbox(id, request.overhead, request.resources)
+            .await?;
+        ok(api::UpdatePodSandboxResourcesResponse {})
     }
 }

@@ -19,6 +19,7 @@ mod stop_sandbox;
 mod teardown;
 pub mod undo;
 mod update_container;
+mod update_sandbox;
 pub mod vm;
 mod watch;
 
@@ -292,6 +293,31 @@ impl Pods {
             Call::UpdateContainer(container.id.clone(), Box::new(wanted), reply)
         })
         .await
+    }
+
+    /// UpdatePodSandboxResources.
+    ///
+    /// # Errors
+    /// [`Error::Denied`] for a pod that is not ready; numbers out of range; the kernel's where it refuses a limit.
+    pub async fn update_sandbox(
+        &self,
+        id: &str,
+        overhead: Option<LinuxContainerResources>,
+        resources: Option<LinuxContainerResources>,
+    ) -> Result<()> {
+        let wanted = update_sandbox::verify(overhead, resources)?;
+        let handle = self.pod_handle(id)?;
+        let (reply, answer) = oneshot::channel();
+        let _ = handle
+            .inbox
+            .send(Message::Call(Call::UpdatePod(Box::new(wanted), reply)));
+        match answer.await {
+            Ok(result) => result.map_err(Error::from),
+            Err(_) => Err(Error::NotFound {
+                what: "pod sandbox",
+                id: id.to_owned(),
+            }),
+        }
     }
 
     /// ExecSync; `timeout` zero: no limit.

@@ -4,6 +4,7 @@
 //! snapshot that readers see.
 
 mod completions;
+mod update_pod;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use super::create_container::Plan;
 use super::record::{ContainerKey, ContainerRecord, Exit, PodRecord, PodView};
 use super::run_sandbox::{Failed, Started};
 use super::state::{Admission, ContainerState, PodState, Request, admit};
+use super::update_sandbox::PodResources;
 use super::{
     Pods, create_container, remove_container, remove_sandbox, run_sandbox, start_container, stop_container,
     stop_sandbox, update_container,
@@ -57,6 +59,7 @@ pub(super) enum Call {
     StopContainer(Id, Duration, Reply<()>),
     RemoveContainer(Id, Reply<()>),
     UpdateContainer(Id, Box<LinuxContainerResources>, Reply<()>),
+    UpdatePod(Box<PodResources>, Reply<()>),
 }
 
 /// Work that has ended.
@@ -69,6 +72,7 @@ pub(super) enum Done {
     ContainerStopped(Id, Result<()>),
     ContainerRemoved(Id, Result<()>),
     ContainerUpdated(Id, Result<LinuxContainerResources>, Reply<()>),
+    PodUpdated(Result<Box<PodResources>>, Reply<()>),
 }
 
 /// A creation at work, with those who wait for it.
@@ -232,6 +236,7 @@ impl Owner {
             Call::StopContainer(id, grace, reply) => self.stop_container(id, grace, reply),
             Call::RemoveContainer(id, reply) => self.remove_container(id, reply),
             Call::UpdateContainer(id, wanted, reply) => self.update_container(&id, *wanted, reply),
+            Call::UpdatePod(wanted, reply) => self.update_pod(wanted, reply),
         }
     }
 

@@ -114,6 +114,7 @@ impl Owner {
                 }
                 Err(error) => answer(vec![reply], &Err(Arc::new(error))),
             },
+            Done::PodUpdated(result, reply) => self.pod_updated(result, reply),
         }
         self.begin_wanted_removal();
     }

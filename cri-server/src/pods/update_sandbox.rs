@@ -1,0 +1,165 @@
+//! UpdatePodSandboxResources: the pod's resources after an in-place resize.
+//!
+//! The kubelet tells them after it has resized its own cgroup of the pod; what remains to be done is to record
+//! them, and to limit the cgroup where the daemon made it, for a pod without a `cgroup_parent`. A VM's size does
+//! not change with them, and the cgroup of its VMM is left alone: a limit there would kill the whole VM.
+
+use std::sync::Arc;
+
+use super::record::PodRecord;
+use super::teardown::blocking;
+use crate::config::HandlerType;
+use crate::cri::api::{LinuxContainerResources, LinuxPodSandboxConfig};
+use crate::error::{Error, Result, chain};
+
+/// What the request has, verified.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct PodResources {
+    /// What the pod takes besides its containers.
+    pub(super) overhead: Option<LinuxContainerResources>,
+    /// The sum of its containers.
+    pub(super) resources: Option<LinuxContainerResources>,
+}
+
+/// Checks the numbers.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] naming the field.
+pub(super) fn verify(
+    overhead: Option<LinuxContainerResources>,
+    resources: Option<LinuxContainerResources>,
+) -> Result<PodResources> {
+    for (prefix, given) in [("overhead", &overhead), ("resources", &resources)] {
+        let Some(given) = given else { continue };
+        // -1 is no limit, as the kubelet has it for a pod without a CPU quota.
+        for (field, value, least) in [
+            ("cpu_period", given.cpu_period, 0),
+            ("cpu_quota", given.cpu_quota, -1),
+            ("cpu_shares", given.cpu_shares, 0),
+            ("memory_limit_in_bytes", given.memory_limit_in_bytes, -1),
+            ("memory_swap_limit_in_bytes", given.memory_swap_limit_in_bytes, -1),
+            ("oom_score_adj", given.oom_score_adj, -1000),
+        ] {
+            if value < least {
+                return Err(Error::invalid(
+                    format!("{prefix}.{field}"),
+                    format!("{value} is less than {least}"),
+                ));
+            }
+        }
+    }
+    Ok(PodResources { overhead, resources })
+}
+
+/// Limits the pod's cgroup where it is the daemon's.
+pub(super) async fn run(pod: Arc<PodRecord>, wanted: Box<PodResources>) -> Result<Box<PodResources>> {
+    if pod.owns_cgroup && super::handler_kind(&pod) == HandlerType::Oci {
+        let limits = limits(&wanted);
+        let path = pod.cgroup_parent.clone();
+        blocking(move || {
+            catamaran_cgroups::set(&path, &limits).map_err(|e| Error::Cgroup {
+                problem: chain(&e),
+                path,
+            })
+        })
+        .await?;
+    }
+    Ok(wanted)
+}
+
+/// Writes what was applied into the record, where RunPodSandbox has the same.
+pub(super) fn record(pod: &mut PodRecord, wanted: PodResources) {
+    let linux = pod
+        .config
+        .linux
+        .get_or_insert_with(LinuxPodSandboxConfig::default);
+    linux.overhead = wanted.overhead.or(linux.overhead.take());
+    linux.resources = wanted.resources.or(linux.resources.take());
+}
+
+/// Limits of the whole pod: its containers and the overhead. A limit that the containers do not have is none of
+/// the pod's either.
+fn limits(wanted: &PodResources) -> catamaran_cgroups::Resources {
+    let resources = wanted.resources.clone().unwrap_or_default();
+    let overhead = wanted.overhead.clone().unwrap_or_default();
+    let sum = |own: i64, more: i64| match own {
+        0 => None,
+        own if own < 0 => Some(-1),
+        own => Some(own.saturating_add(more.max(0))),
+    };
+    let unsigned = |value: Option<i64>| value.and_then(|value| u64::try_from(value).ok());
+    // The overhead's quota may be of another period.
+    let more_quota = match (resources.cpu_period, overhead.cpu_period) {
+        (period, other) if period > 0 && other > 0 && period != other => {
+            let scaled = i128::from(overhead.cpu_quota) * i128::from(period) / i128::from(other);
+            i64::try_from(scaled).unwrap_or(i64::MAX)
+        }
+        _ => overhead.cpu_quota,
+    };
+    catamaran_cgroups::Resources {
+        memory_bytes: sum(resources.memory_limit_in_bytes, overhead.memory_limit_in_bytes),
+        memory_swap_bytes: sum(
+            resources.memory_swap_limit_in_bytes,
+            overhead.memory_swap_limit_in_bytes,
+        ),
+        cpu_shares: unsigned(sum(resources.cpu_shares, overhead.cpu_shares)),
+        cpu_quota_us: sum(resources.cpu_quota, more_quota),
+        cpu_period_us: unsigned(Some(resources.cpu_period)).filter(|period| *period > 0),
+        ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cpu(quota: i64, period: i64) -> LinuxContainerResources {
+        LinuxContainerResources {
+            cpu_quota: quota,
+            cpu_period: period,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_negative_number_is_refused_by_its_field() {
+        let refused = |overhead, resources| verify(Some(overhead), Some(resources)).unwrap_err().to_string();
+        let text = refused(cpu(0, 0), cpu(-2, 0));
+        assert_eq!(text, "resources.cpu_quota: -2 is less than -1");
+        let text = refused(cpu(0, -5), cpu(0, 0));
+        assert_eq!(text, "overhead.cpu_period: -5 is less than 0");
+        let shares = LinuxContainerResources {
+            cpu_shares: -1,
+            ..Default::default()
+        };
+        assert!(refused(cpu(0, 0), shares).starts_with("resources.cpu_shares"));
+        verify(None, Some(cpu(-1, 100_000))).unwrap();
+    }
+
+    #[test]
+    fn the_pods_limits_are_those_of_containers_and_overhead() {
+        let wanted = PodResources {
+            resources: Some(LinuxContainerResources {
+                memory_limit_in_bytes: 100,
+                cpu_shares: 10,
+                ..cpu(50_000, 100_000)
+            }),
+            overhead: Some(LinuxContainerResources {
+                memory_limit_in_bytes: 20,
+                ..cpu(10_000, 50_000)
+            }),
+        };
+        let both = limits(&wanted);
+        assert_eq!(both.memory_bytes, Some(120));
+        assert_eq!(both.cpu_quota_us, Some(70_000));
+        assert_eq!(both.cpu_period_us, Some(100_000));
+        assert_eq!((both.cpu_shares, both.memory_swap_bytes), (Some(10), None));
+        let unlimited = limits(&PodResources {
+            resources: Some(cpu(-1, 100_000)),
+            ..wanted
+        });
+        assert_eq!(unlimited.cpu_quota_us, Some(-1));
+        // Overhead alone is no limit of the pod.
+        assert_eq!(unlimited.memory_bytes, None);
+    }
+}
