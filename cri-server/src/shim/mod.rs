@@ -167,6 +167,8 @@ pub struct ExecOutput {
     pub exit_code: i32,
     /// The limit passed and the process was killed.
     pub timed_out: bool,
+    /// The session with what did not fit into the answer.
+    pub rest: Option<stream::OpenResponse>,
 }
 
 /// State of a container's first process, from Task.State.
@@ -541,6 +543,7 @@ impl Shim {
             stderr: answer.stderr,
             exit_code: answer.exit_code,
             timed_out: answer.timed_out,
+            rest: answer.rest.into_option(),
         })
     }
 

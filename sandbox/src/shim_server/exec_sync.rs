@@ -1,5 +1,6 @@
 //! ExecSync: one process in a running container, its output gathered up to a bound, under a time limit that
-//! includes the runtime's own time. What outlives the process with its output open is not waited for.
+//! includes the runtime's own time. What outlives the process with its output open is not waited for. What is
+//! too long for one answer is left with a session, from which the caller reads it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,11 +12,14 @@ use tokio::time::Instant;
 use super::ShimError;
 use super::backend::Reader;
 use super::container::{Container, wants_terminal};
-use super::pod::detached;
-use crate::protocol::stream::{ExecSyncRequest, ExecSyncResponse};
+use super::pod::{Pod, detached};
+use super::sessions::Session;
+use crate::protocol::stream::{ExecSyncRequest, ExecSyncResponse, OpenResponse};
 
-/// Bytes of stdout and stderr together that an answer holds: ttrpc's limit of a message, less the rest of it.
+/// Bytes of stdout and stderr together that an answer holds: ttrpc's limit of a message, less what else it has.
 const MAX_ANSWER: usize = (4 << 20) - 4096;
+/// Bytes of each stream that are kept, whatever is asked: the CRI's bound of ExecSync.
+const MAX_KEPT: usize = 16 << 20;
 /// After the process has ended, its output is awaited so long after the last piece of it.
 const QUIET: Duration = Duration::from_millis(500);
 /// And so long in all.
@@ -25,6 +29,7 @@ const DEATH: Duration = Duration::from_secs(5);
 
 /// Runs the request; dropping the future kills the process and what it started.
 pub(crate) async fn run(
+    pod: &Arc<Pod>,
     container: Arc<Container>,
     request: ExecSyncRequest,
 ) -> Result<ExecSyncResponse, ShimError> {
@@ -42,10 +47,11 @@ pub(crate) async fn run(
     let deadline = limit.map(|limit| Instant::now() + limit);
     // The caller's half is dropped with the caller's future.
     let (_caller, gone) = oneshot::channel::<()>();
-    detached(gather(container, request, deadline, gone)).await
+    detached(gather(pod.clone(), container, request, deadline, gone)).await
 }
 
 async fn gather(
+    pod: Arc<Pod>,
     container: Arc<Container>,
     request: ExecSyncRequest,
     deadline: Option<Instant>,
@@ -53,7 +59,7 @@ async fn gather(
 ) -> Result<ExecSyncResponse, ShimError> {
     let bound = usize::try_from(request.max_output)
         .unwrap_or(usize::MAX)
-        .min(MAX_ANSWER);
+        .min(MAX_KEPT);
     let mut process = container.exec(request.process, false, false).await?;
     let mut stdout = Gathered::new(process.stdout.take(), bound);
     let mut stderr = Gathered::new(process.stderr.take(), bound);
@@ -100,9 +106,22 @@ async fn gather(
     let mut response = ExecSyncResponse::new();
     response.exit_code = record.map_or(128 + libc::SIGKILL, |record| record.exit_code);
     response.timed_out = timed_out;
-    let room = MAX_ANSWER - stdout.kept.len().min(MAX_ANSWER);
-    response.truncated = stdout.truncated || stderr.truncated || stderr.kept.len() > room;
-    stderr.kept.truncate(room);
+    response.truncated = stdout.truncated || stderr.truncated;
+    let out_room = stdout.kept.len().min(MAX_ANSWER);
+    let err_room = stderr.kept.len().min(MAX_ANSWER - out_room);
+    let rest = Session::Rest {
+        stdout: stdout.kept.split_off(out_room),
+        stderr: stderr.kept.split_off(err_room),
+        exit_code: response.exit_code,
+    };
+    if matches!(&rest, Session::Rest { stdout, stderr, .. } if !stdout.is_empty() || !stderr.is_empty()) {
+        let (address, token) = pod.sessions.open_large(&pod, rest)?;
+        response.rest = protobuf::MessageField::some(OpenResponse {
+            address: address.display().to_string(),
+            token: token.to_vec(),
+            ..Default::default()
+        });
+    }
     response.stdout = stdout.kept;
     response.stderr = stderr.kept;
     Ok(response)

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
@@ -14,7 +14,7 @@ use super::output::{Output, Stall, Subscription};
 use super::pod::{Pod, detached};
 use super::sessions::{Session, Wants};
 use crate::stdio::{InputSource, OutputTarget};
-use crate::stream_frames::{Exit, Frame, FrameReader, write_frame};
+use crate::stream_frames::{Exit, Frame, FrameReader, MAX_PAYLOAD, write_frame};
 
 /// Runs a session to its end.
 pub(crate) async fn run(pod: &Arc<Pod>, session: Session, stream: UnixStream) {
@@ -29,6 +29,11 @@ pub(crate) async fn run(pod: &Arc<Pod>, session: Session, stream: UnixStream) {
         } => exec(container, process, terminal, wants, reader, &mut writer).await,
         Session::Attach { container, wants } => attach(&container, wants, reader, &mut writer).await,
         Session::PortForward { port } => forward(pod, port, reader, &mut writer).await,
+        Session::Rest {
+            stdout,
+            stderr,
+            exit_code,
+        } => rest(stdout, stderr, exit_code, &mut writer).await,
     };
     // Where the client is gone there is nobody to tell.
     if let Some(exit) = ended {
@@ -246,6 +251,22 @@ async fn forward(
         ended = &mut outward => ended && inward.await,
     };
     both.then_some(Exit::Code(0))
+}
+
+/// `None` where the client went away.
+async fn rest(stdout: Vec<u8>, stderr: Vec<u8>, exit_code: i32, writer: &mut OwnedWriteHalf) -> Option<Exit> {
+    for (kept, frame) in [
+        (stdout, Frame::Stdout as fn(Bytes) -> Frame),
+        (stderr, Frame::Stderr),
+    ] {
+        let mut kept = Bytes::from(kept);
+        while !kept.is_empty() {
+            // A piece at a time, so that no second copy of all of it is made.
+            let piece = kept.split_to(kept.len().min(MAX_PAYLOAD));
+            write_frame(writer, &frame(piece)).await.ok()?;
+        }
+    }
+    Some(Exit::Code(exit_code))
 }
 
 /// Whether a container can be attached to.

@@ -41,6 +41,12 @@ pub(crate) enum Session {
     PortForward {
         port: u16,
     },
+    /// What did not fit into the answer of ExecSync.
+    Rest {
+        stdout: Vec<u8>,
+        stderr: Vec<u8>,
+        exit_code: i32,
+    },
 }
 
 /// Which streams a client wants.
@@ -92,6 +98,17 @@ impl Sessions {
         }
         pending.insert(token, (session, now + TOKEN_LIFE));
         Ok((&self.socket, token))
+    }
+
+    /// As [`Self::open`], for a session that holds much: it goes when its token is void, not with the next one.
+    pub(crate) fn open_large(&self, pod: &Arc<Pod>, session: Session) -> Result<(&Path, Token), ShimError> {
+        let opened = self.open(pod, session)?;
+        let (pod, token) = (pod.clone(), opened.1);
+        tokio::spawn(async move {
+            tokio::time::sleep(TOKEN_LIFE).await;
+            lock(&pod.sessions.pending).remove(&token);
+        });
+        Ok(opened)
     }
 
     fn listen(&self, pod: Arc<Pod>) -> std::io::Result<()> {

@@ -22,7 +22,7 @@ pub(crate) struct StreamService(pub(crate) Arc<Pod>);
 impl Stream for StreamService {
     async fn exec_sync(&self, _: &TtrpcContext, request: ExecSyncRequest) -> ttrpc::Result<ExecSyncResponse> {
         let container = self.0.container(&request.container_id)?;
-        Ok(super::exec_sync::run(container, request).await?)
+        Ok(super::exec_sync::run(&self.0, container, request).await?)
     }
 
     async fn reopen_log(

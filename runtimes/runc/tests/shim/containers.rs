@@ -1,8 +1,9 @@
 //! Containers under the real shim and the real runc: life, exit codes, logs, ExecSync, OOM, resources.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::harness::{Options, Pod, any, code_of, ctx, log_lines, task_exec};
+use crate::harness::{Options, Pod, any, code_of, ctx, log_lines, process, task_exec};
 use catamaran_sandbox::pod_spec::PidNamespace;
 use catamaran_sandbox::protocol::OCI_RESOURCES_TYPE;
 use catamaran_sandbox::protocol::stream::ReopenLogRequest;
@@ -217,6 +218,49 @@ async fn exec_sync_returns_output_and_is_bounded_in_time_and_size() {
         (much.stdout.len(), much.truncated, much.exit_code),
         (1 << 20, true, 0)
     );
+}
+
+/// More than a message holds comes by a session, without a byte lost, and no more than the CRI's bound.
+#[tokio::test]
+async fn exec_sync_gives_up_to_16_mib_of_each_stream() {
+    use catamaran_sandbox::protocol::stream::ExecSyncRequest;
+    use catamaran_sandbox::stream_frames::{self, Exit, Frame, FrameReader};
+
+    let pod = Pod::start(Options::default()).await;
+    let one = pod.container(&["sleep", "1000"]);
+    pod.run(&one).await;
+    for (script, stdout, stderr, truncated) in [
+        ("seq 1000000; seq 700000 >&2; exit 4", 6_888_896, 4_788_895, false),
+        ("seq 3000000; exit 4", 16 << 20, 0, true),
+    ] {
+        let mut request = ExecSyncRequest::new();
+        request.container_id = one.id.clone();
+        request.process = serde_json::to_vec(&process(&["sh", "-c", script], false)).unwrap();
+        request.max_output = u64::MAX;
+        let answer = pod.stream().exec_sync(ctx(), &request).await.unwrap();
+        assert_eq!((answer.exit_code, answer.truncated), (4, truncated));
+        let mut streams = [answer.stdout, answer.stderr];
+        let rest = answer.rest.into_option().expect("a session with the rest");
+        let socket = stream_frames::connect(Path::new(&rest.address), &rest.token)
+            .await
+            .unwrap();
+        let mut frames = FrameReader::new(socket);
+        loop {
+            match frames.next().await.unwrap() {
+                Some(Frame::Stdout(bytes)) => streams[0].extend_from_slice(&bytes),
+                Some(Frame::Stderr(bytes)) => streams[1].extend_from_slice(&bytes),
+                Some(Frame::Exit(exit)) => break assert_eq!(exit, Exit::Code(4)),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!((streams[0].len(), streams[1].len()), (stdout, stderr));
+        for text in &streams {
+            let lines = std::str::from_utf8(text).unwrap().split_inclusive('\n');
+            for (line, number) in lines.filter(|line| line.ends_with('\n')).zip(1..) {
+                assert_eq!(line.trim_end(), number.to_string());
+            }
+        }
+    }
 }
 
 #[tokio::test]
