@@ -91,6 +91,7 @@ pub fn pod_status(pod: &PodRecord) -> api::PodSandboxStatus {
 #[must_use]
 pub fn pod_info(view: &PodView) -> HashMap<String, String> {
     let pod = &view.pod;
+    let linux = pod.config.linux.as_ref();
     let document = json!({
         "state": pod.state,
         "problem": pod.problem,
@@ -99,9 +100,21 @@ pub fn pod_info(view: &PodView) -> HashMap<String, String> {
         "sandbox": pod.info,
         "networkNamespace": pod.netns(),
         "cgroupParent": pod.cgroup_parent,
+        "overhead": linux.and_then(|linux| linux.overhead.as_ref()).map(resources_info),
+        "resources": linux.and_then(|linux| linux.resources.as_ref()).map(resources_info),
         "shimAlive": view.shim.is_some(),
     });
     HashMap::from([("info".to_owned(), document.to_string())])
+}
+
+fn resources_info(resources: &api::LinuxContainerResources) -> serde_json::Value {
+    json!({
+        "cpuPeriod": resources.cpu_period,
+        "cpuQuota": resources.cpu_quota,
+        "cpuShares": resources.cpu_shares,
+        "memoryLimitInBytes": resources.memory_limit_in_bytes,
+        "memorySwapLimitInBytes": resources.memory_swap_limit_in_bytes,
+    })
 }
 
 /// Verbose information of a container.
