@@ -150,9 +150,10 @@ impl PinnedNamespaces {
     }
 }
 
-/// By which others join a namespace that this process holds.
+/// By which others join a namespace that this process holds. The dot keeps runc from 1.2 on from taking a path
+/// that begins with `/proc/<pid>/` for that process's own user namespace, whose maps it then reads and misses ours.
 pub(crate) fn path_of(fd: &OwnedFd) -> String {
-    format!("/proc/{}/fd/{}", std::process::id(), fd.as_raw_fd())
+    format!("/proc/./{}/fd/{}", std::process::id(), fd.as_raw_fd())
 }
 
 type Files = Vec<(PathBuf, String)>;

@@ -161,9 +161,9 @@ impl OciRuntime {
             .or_else(|| messages.and_then(text_of))
             .unwrap_or_else(|| format!("exit code {code}"));
         Err(RuntimeError::Failed {
+            message: without_own_name(&message, &verb).to_owned(),
             binary: name,
             command: verb,
-            message,
         })
     }
 }
@@ -202,6 +202,14 @@ fn last_error(log: &Path) -> Option<String> {
         .map(|line| line.msg.trim().to_owned())
 }
 
+/// runc begins some of its messages with what failed, as ours do.
+fn without_own_name<'a>(message: &'a str, verb: &str) -> &'a str {
+    message
+        .strip_prefix("runc ")
+        .and_then(|rest| rest.strip_prefix(verb)?.strip_prefix(" failed: "))
+        .unwrap_or(message)
+}
+
 fn text_of(mut file: File) -> Option<String> {
     file.rewind().ok()?;
     let mut bytes = Vec::new();
@@ -213,6 +221,17 @@ fn text_of(mut file: File) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_failed_is_said_once() {
+        let one = |message| without_own_name(message, "create");
+        assert_eq!(one("runc create failed: no such file"), "no such file");
+        assert_eq!(
+            one("runc run failed: no such file"),
+            "runc run failed: no such file"
+        );
+        assert_eq!(one("no such file"), "no such file");
+    }
 
     #[test]
     fn the_last_error_of_a_log_is_found() {
