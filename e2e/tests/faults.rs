@@ -373,8 +373,11 @@ fn shim_killed(t: &Case<'_>) -> Result<()> {
     kill(&shims)?;
     if t.ours() {
         t.eventually(Duration::from_secs(20), || {
+            // With UNKNOWN the kubelet would report an exit of its own making.
             let status = t.status(&id)?;
-            ensure!(status["state"] != "CONTAINER_RUNNING", "{status}");
+            ensure!(status["state"] == "CONTAINER_EXITED", "{status}");
+            ensure!(status["exitCode"] == 255, "{status}");
+            ensure!(status["reason"] == "ContainerStatusUnknown", "{status}");
             Ok(())
         })?;
     }

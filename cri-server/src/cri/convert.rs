@@ -31,8 +31,9 @@ pub fn container_state(container: &ContainerRecord) -> api::ContainerState {
         // One that was never started is not running while it is stopped.
         ContainerState::Stopping if container.started_at_ns == 0 => api::ContainerState::ContainerCreated,
         ContainerState::Stopping => api::ContainerState::ContainerRunning,
-        ContainerState::Exited => api::ContainerState::ContainerExited,
-        ContainerState::Unknown => api::ContainerState::ContainerUnknown,
+        // It is over, and its exit says that nobody saw how. The CRI's UNKNOWN is for one that may still run: the
+        // kubelet drops its exit and times for a made-up one.
+        ContainerState::Exited | ContainerState::Unknown => api::ContainerState::ContainerExited,
         ContainerState::Removing if container.exit.is_some() || container.started_at_ns == 0 => {
             api::ContainerState::ContainerExited
         }
