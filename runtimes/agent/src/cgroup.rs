@@ -65,21 +65,13 @@ pub(crate) fn mount(command_line: &str) -> Result<Version> {
     mount_at("tmpfs", ROOT, "tmpfs", flags, Some("mode=0755"))?;
     let list = fs::read_to_string("/proc/cgroups").context(|| "cannot read /proc/cgroups".into())?;
     for controller in v1_controllers(&list) {
-        let (directory, options) = match controller {
-            "cpu" => ("cpu,cpuacct", "cpu,cpuacct"),
-            "cpuacct" => continue,
-            name => (name, name),
-        };
-        mount_at(
-            "cgroup",
-            &format!("{ROOT}/{directory}"),
-            "cgroup",
-            flags,
-            Some(options),
-        )?;
-        for alias in options.split(',').filter(|alias| *alias != directory) {
-            std::os::unix::fs::symlink(directory, format!("{ROOT}/{alias}"))
-                .context(|| format!("cannot link cgroup controller {alias}"))?;
+        // One each, also for cpu and cpuacct: libcontainer cannot mount a pair in a container.
+        let path = format!("{ROOT}/{controller}");
+        if let Err(error) = mount_at("cgroup", &path, "cgroup", flags, Some(controller)) {
+            // Newer kernels may be built without the old interface of a controller.
+            console::say(&crate::error::chain(&error));
+            fs::remove_dir(&path).context(|| format!("cannot remove {path}"))?;
+            continue;
         }
         if controller == "memory" {
             write_if_present(&Path::new(ROOT).join("memory/memory.use_hierarchy"), "1");

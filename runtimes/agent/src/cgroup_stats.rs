@@ -42,9 +42,9 @@ fn unified(directory: &Path) -> StatsResponse {
 
 fn legacy(path: &str) -> StatsResponse {
     let of = |controller: &str| Path::new(ROOT).join(controller).join(path);
-    let (cpu, memory, tasks, io) = (of("cpu,cpuacct"), of("memory"), of("pids"), of("blkio"));
+    let (cpu, memory, tasks, io) = (of("cpuacct"), of("memory"), of("pids"), of("blkio"));
     let split = pairs(&text(&cpu, "cpuacct.stat"));
-    let throttled = pairs(&text(&cpu, "cpu.stat"));
+    let throttled = pairs(&text(&of("cpu"), "cpu.stat"));
     let stat = pairs(&text(&memory, "memory.stat"));
     let usage = number(&memory, "memory.usage_in_bytes");
     let (io_read_bytes, io_write_bytes) = blkio(&text(&io, "blkio.throttle.io_service_bytes"));

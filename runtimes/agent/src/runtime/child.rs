@@ -48,8 +48,8 @@ pub(crate) fn main() -> ExitCode {
     }
     // The new process becomes the agent's child when this one exits: not before the agent watches it.
     let mut word = [0];
-    match socket.read(&mut word) {
-        Ok(_) => ExitCode::SUCCESS,
+    match socket.read_exact(&mut word) {
+        Ok(()) => ExitCode::SUCCESS,
         Err(_) => ExitCode::FAILURE,
     }
 }

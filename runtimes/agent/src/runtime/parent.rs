@@ -124,9 +124,9 @@ pub(crate) async fn run(
         () = tokio::time::sleep(TIME_LIMIT) => Err("did not answer in time"),
     };
     let kill = || {
-        // SAFETY: kill has no memory effects. The helper is our child; where it has ended and was reaped, the
-        // pid may be anybody's, so it is only sent while the watch has not fired.
+        // Once it has ended and was reaped, the pid may be anybody's.
         if helper_exit.borrow().is_none() {
+            // SAFETY: kill has no memory effects, and the helper is our child that was not reaped.
             unsafe { libc::kill(helper, libc::SIGKILL) };
         }
     };

@@ -512,3 +512,31 @@ async fn connections_mounts_and_ports() {
     assert_eq!(vm.output("survivor", "").await.0, "kept\n");
     assert_eq!(vm.wait("survivor", "").await.exit_code, 4);
 }
+
+#[tokio::test]
+async fn legacy_cgroups() {
+    let mut vm = vm!("legacy_cgroups", "catamaran.cgroup=v1");
+    assert_eq!(vm.hello.cgroup_version, "v1");
+    vm.sandbox(false).await;
+    let mut spec = shell("while :; do sleep 0.1; done");
+    spec["linux"]["resources"]["pids"] = json!({"limit": 40});
+    vm.create("old", &spec, false).await.unwrap();
+    vm.start("old").await;
+    let script = "cat /dev/null; mknod /tmp/mem c 1 1; cat /tmp/mem";
+    vm.exec("old", "e", &command(script)).await.unwrap();
+    let (_, err) = vm.output("old", "e").await;
+    assert_eq!(
+        err.matches("not permitted").count(),
+        1,
+        "the devices controller refuses: {err}"
+    );
+    let stats = StatsRequest {
+        container_id: "old".into(),
+    };
+    let stats = vm.agent.stats(stats).await.unwrap().into_inner();
+    assert_eq!(stats.pids_limit, 40, "{stats:?}");
+    assert!(stats.cpu_usage_ns > 0, "{stats:?}");
+    vm.signal("old", 9, true).await.unwrap();
+    assert_eq!(vm.wait("old", "").await.exit_code, 137);
+    vm.delete("old").await;
+}

@@ -50,11 +50,10 @@ pub(crate) fn missing() -> Option<String> {
 }
 
 fn kernel() -> PathBuf {
-    std::env::var_os("CATAMARAN_TEST_KERNEL")
-        .map_or_else(
-            || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/guest-kernel/vmlinux"),
-            PathBuf::from,
-        )
+    std::env::var_os("CATAMARAN_TEST_KERNEL").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/guest-kernel/vmlinux"),
+        PathBuf::from,
+    )
 }
 
 fn agent() -> PathBuf {
