@@ -201,22 +201,37 @@ fn remove_tree(directory: &Path) -> Result<(), ShareError> {
 /// Levels of the directory's own layout: share, container, mounts, number.
 const DEPTH: usize = 4;
 
+/// Two clean-ups may run beside each other, the one after the shim's death and the one of StopPodSandbox: what
+/// the other has removed is removed.
 fn remove_mount_points(directory: &Path, depth: usize) -> io::Result<()> {
-    for entry in std::fs::read_dir(directory)? {
+    let Some(entries) = unless_gone(std::fs::read_dir(directory))? else {
+        return Ok(());
+    };
+    for entry in entries {
         let entry = entry?;
         let path = entry.path();
-        if entry.file_type()?.is_dir() {
+        let Some(metadata) = unless_gone(std::fs::symlink_metadata(&path))? else {
+            continue;
+        };
+        if metadata.is_dir() {
             if depth >= DEPTH {
                 return Err(io::Error::other(format!("{} is not ours", path.display())));
             }
             remove_mount_points(&path, depth + 1)?;
-        } else if entry.metadata()?.len() == 0 {
-            std::fs::remove_file(&path)?;
+        } else if metadata.len() == 0 {
+            unless_gone(std::fs::remove_file(&path))?;
         } else {
             return Err(io::Error::other(format!("{} is not empty", path.display())));
         }
     }
-    std::fs::remove_dir(directory)
+    unless_gone(std::fs::remove_dir(directory)).map(|_| ())
+}
+
+fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        other => other.map(Some),
+    }
 }
 
 fn make_directory(path: &Path) -> Result<(), ShareError> {
