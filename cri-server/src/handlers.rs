@@ -238,7 +238,12 @@ impl Handler {
                     return RuntimeFeatures::default();
                 };
                 match ask(binary, &["features"]).await {
-                    Ok(json) => RuntimeFeatures::from_features_json(&json).unwrap_or_default(),
+                    Ok(json) => RuntimeFeatures {
+                        // The runtime may be able to; the images' layers are not id-mapped yet, and a container
+                        // could not use its root file system.
+                        user_namespaces: false,
+                        ..RuntimeFeatures::from_features_json(&json).unwrap_or_default()
+                    },
                     Err(problem) => {
                         tracing::debug!(
                             handler = self.name,

@@ -144,7 +144,7 @@ fn user_namespace(user: &UserNamespace, options: &NamespaceOption, runtime: &Run
                 return Err(SpecError::invalid(field, reason));
             }
             if !runtime.user_namespaces {
-                let reason = "the handler's runtime has no id-mapped mounts, which user namespaces need";
+                let reason = "the handler offers no user namespaces (see Status, runtime_handlers)";
                 return Err(SpecError::precondition(field, reason));
             }
             Ok(())

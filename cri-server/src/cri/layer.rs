@@ -18,6 +18,9 @@ use crate::metrics::RpcMetrics;
 /// A successful RPC that took longer is worth a line.
 const SLOW: Duration = Duration::from_secs(2);
 
+/// gRPC's number of NOT_FOUND, as its header spells it.
+const NOT_FOUND: &str = "5";
+
 /// The layer.
 #[derive(Debug, Clone)]
 pub(super) struct Observed {
@@ -147,6 +150,11 @@ fn log<Out>(response: &Response<Out>, took: Duration) {
     let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
     let ms = took.as_millis();
     match header("grpc-status").filter(|code| *code != "0") {
+        // Kubelets ask for what they have just removed.
+        Some(NOT_FOUND) => {
+            let message = header("grpc-message").unwrap_or_default();
+            tracing::debug!(code = NOT_FOUND, message = percent_decode(message), ms, "failed");
+        }
         Some(code) => {
             let message = header("grpc-message").unwrap_or_default();
             tracing::warn!(code, message = percent_decode(message), ms, "failed");
