@@ -10,6 +10,10 @@ pub(crate) const AGENT_TARGET: &str = "x86_64-unknown-linux-gnu";
 /// Flags of the agent's target.
 pub(crate) const AGENT_FLAGS: &str = "-C target-feature=+crt-static";
 
+/// All crates but the agent, which has its own target. Builds and tests select the same crates: cargo joins the
+/// features that the selected crates want of a dependency, and another selection compiles it again.
+pub(crate) const WORKSPACE: &[&str] = &["--workspace", "--exclude", "catamaran-agent"];
+
 /// Where `cargo xtask guest-kernel` leaves the minimal kernel.
 pub(crate) fn minimal_kernel() -> PathBuf {
     root().join("target/guest-kernel/vmlinux")
@@ -33,21 +37,8 @@ pub(crate) fn run() -> Result<(), Failure> {
     )
     .env("RUSTFLAGS", AGENT_FLAGS)
     .run()?;
-    Step::new(
-        "cargo build",
-        &[
-            "cargo",
-            "build",
-            "--release",
-            "--locked",
-            "--workspace",
-            "--exclude",
-            "catamaran-agent",
-            "--exclude",
-            "xtask",
-        ],
-    )
-    .run()?;
+    let build = ["cargo", "build", "--release", "--locked"];
+    Step::new("cargo build", &[build.as_slice(), WORKSPACE].concat()).run()?;
     guest()
 }
 

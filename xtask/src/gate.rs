@@ -2,7 +2,7 @@
 
 use std::process::{Command, Stdio};
 
-use crate::compile::{AGENT_FLAGS, AGENT_TARGET};
+use crate::compile::{AGENT_FLAGS, AGENT_TARGET, WORKSPACE};
 use crate::report::Report;
 use crate::step::{Failure, Step};
 use crate::{compile, setup};
@@ -12,20 +12,11 @@ pub(crate) fn run() -> Result<(), Failure> {
     setup::run()?;
     compile::run()?;
     let mut report = Report::default();
-    // The release profile throughout: what is tested is what is shipped, and nothing is compiled twice.
-    let all = [
-        "cargo",
-        "test",
-        "--release",
-        "--locked",
-        "--workspace",
-        "--no-fail-fast",
-    ];
-    let others = ["--exclude", "catamaran-agent", "--exclude", "catamaran-e2e"];
-    tests(
-        &mut report,
-        Step::new("tests of the crates", &[&all, others.as_slice(), OUTPUT].concat()),
-    )?;
+    // The release profile throughout and the selection of the build: what is tested is what is shipped, and the
+    // dependencies are compiled once.
+    let all = ["cargo", "test", "--release", "--locked", "--no-fail-fast"];
+    let all = [all.as_slice(), WORKSPACE, OUTPUT].concat();
+    tests(&mut report, Step::new("tests of the crates and end to end", &all))?;
     let agent = [
         "cargo",
         "test",
@@ -40,16 +31,6 @@ pub(crate) fn run() -> Result<(), Failure> {
         &mut report,
         Step::new("tests of the agent", &agent).env("RUSTFLAGS", AGENT_FLAGS),
     )?;
-    let e2e = [
-        "cargo",
-        "test",
-        "--release",
-        "--locked",
-        "--no-fail-fast",
-        "-p",
-        "catamaran-e2e",
-    ];
-    tests(&mut report, Step::new("end-to-end tests", &e2e))?;
     lints(&mut report)?;
     report.print();
     match report.failures() {
