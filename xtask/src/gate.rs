@@ -4,7 +4,7 @@ use std::process::{Command, Stdio};
 
 use crate::compile::{AGENT_FLAGS, AGENT_TARGET, WORKSPACE};
 use crate::report::Report;
-use crate::step::{Failure, Step};
+use crate::step::{Failure, Step, root};
 use crate::{compile, setup};
 
 /// Runs everything and prints the totals; a failure of the build ends it at once.
@@ -27,10 +27,19 @@ pub(crate) fn run() -> Result<(), Failure> {
         AGENT_TARGET,
     ];
     let agent = [agent.as_slice(), &["-p", "catamaran-agent"], OUTPUT].concat();
-    tests(
-        &mut report,
-        Step::new("tests of the agent", &agent).env("RUSTFLAGS", AGENT_FLAGS),
-    )?;
+    // Booted with the guest that was just built: its initramfs brings the modules of a distribution's kernel.
+    let guest = |name: &str| {
+        root()
+            .join("target/guest/default")
+            .join(name)
+            .display()
+            .to_string()
+    };
+    let agent = Step::new("tests of the agent", &agent)
+        .env("RUSTFLAGS", AGENT_FLAGS)
+        .env("CATAMARAN_TEST_KERNEL", &guest("vmlinux"))
+        .env("CATAMARAN_TEST_INITRAMFS", &guest("initramfs"));
+    tests(&mut report, agent)?;
     lints(&mut report)?;
     report.print();
     match report.failures() {
