@@ -104,6 +104,7 @@ impl Containers {
         for (name, value) in &prepared.sysctls {
             sandbox::set_sysctl(name, value)?;
         }
+        crate::working_directory::make(&prepared.spec)?;
         let bundle = bundle(id);
         fs::create_dir_all(&bundle).context(|| format!("cannot make {}", bundle.display()))?;
         let config = serde_json::to_vec(&prepared.spec).context(|| "cannot write the spec".into())?;

@@ -29,6 +29,7 @@ mod serve;
 mod service;
 mod spec;
 mod transport;
+mod working_directory;
 
 use std::process::ExitCode;
 

@@ -113,6 +113,14 @@ pub(crate) fn prepare(json: &[u8], container_id: &str, shared_pid: Option<i32>) 
     let sysctls = linux.sysctl().clone().unwrap_or_default();
     linux.set_sysctl(None);
     linux.set_cgroups_path(Some(cgroup::container_path(container_id).into()));
+    // libcontainer knows only the names of the recursive kinds without their letter, and makes every one recursive.
+    let propagation = linux
+        .rootfs_propagation()
+        .as_deref()
+        .and_then(|name| name.strip_prefix('r'));
+    if let Some(kind) = propagation.map(str::to_owned) {
+        linux.set_rootfs_propagation(Some(kind));
+    }
     // libcontainer takes "false" for a reason to load the filter after dropping the privilege to do so.
     if process.no_new_privileges() == Some(false) {
         process.set_no_new_privileges(None);
@@ -175,6 +183,19 @@ mod tests {
             (prepared.owner.uid, prepared.owner.gid, prepared.terminal),
             (7, 8, false)
         );
+    }
+
+    #[test]
+    fn propagation_has_the_names_that_libcontainer_knows() {
+        for (given, taken) in [("rslave", "slave"), ("rshared", "shared"), ("private", "private")] {
+            let prepared = prepare(
+                &json(|spec| spec["linux"]["rootfsPropagation"] = given.into()),
+                "c1",
+                None,
+            );
+            let linux = prepared.unwrap().spec.linux().clone().unwrap();
+            assert_eq!(linux.rootfs_propagation().as_deref(), Some(taken));
+        }
     }
 
     #[test]
