@@ -31,12 +31,15 @@ pub(crate) enum RuntimeError {
     },
     #[error("{binary} {command} did not end within {} s", LIMIT.as_secs())]
     TimedOut { binary: String, command: String },
+    #[error("{binary} {command} was ended because the pod is being stopped")]
+    Ended { binary: String, command: String },
 }
 
 impl From<RuntimeError> for ShimError {
     fn from(error: RuntimeError) -> Self {
         match &error {
             RuntimeError::TimedOut { .. } => Self::DeadlineExceeded(error.to_string()),
+            RuntimeError::Ended { .. } => Self::FailedPrecondition(error.to_string()),
             RuntimeError::Start { source, .. } => Self::Internal(format!("{error}: {source}")),
             RuntimeError::Failed { .. } => Self::Internal(error.to_string()),
         }
@@ -58,6 +61,8 @@ pub(crate) struct OciRuntime {
     root: PathBuf,
     reaper: Arc<Reaper>,
     next_log: AtomicU64,
+    /// The pod ends: a `create` at work is ended too.
+    ending: tokio::sync::watch::Sender<bool>,
 }
 
 impl OciRuntime {
@@ -68,7 +73,13 @@ impl OciRuntime {
             root,
             reaper,
             next_log: AtomicU64::new(0),
+            ending: tokio::sync::watch::Sender::new(false),
         }
+    }
+
+    /// Kills every `create` at work, and any to come: a runtime that hangs must not hold up the pod's end.
+    pub(crate) fn end_creations(&self) {
+        self.ending.send_replace(true);
     }
 
     /// Whether a container's processes are ordinary processes of this kernel, which can be signalled without
@@ -141,12 +152,27 @@ impl OciRuntime {
             .first()
             .map(|word| word.to_string_lossy().into_owned())
             .unwrap_or_default();
-        let code = match tokio::time::timeout(LIMIT, &mut exit).await {
-            Ok(Ok(exit)) => exit.code,
-            Ok(Err(_)) => 255,
-            Err(_) => {
-                let killed = rustix::process::Pid::from_raw(pid)
-                    .map(|pid| rustix::process::kill_process(pid, rustix::process::Signal::KILL));
+        let mut ending = self.ending.subscribe();
+        let ended = async {
+            if verb != "create" || ending.wait_for(|ending| *ending).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        let kill = || {
+            rustix::process::Pid::from_raw(pid)
+                .map(|pid| rustix::process::kill_process(pid, rustix::process::Signal::KILL))
+        };
+        let code = tokio::select! {
+            exit = &mut exit => exit.map_or(255, |exit| exit.code),
+            () = ended => {
+                let killed = kill();
+                tracing::info!(pid, ?killed, "a creation is ended with its pod");
+                // Its end precedes the clean-up of what it made.
+                let _ = exit.await;
+                return Err(RuntimeError::Ended { binary: name, command: verb });
+            }
+            () = tokio::time::sleep(LIMIT) => {
+                let killed = kill();
                 tracing::error!(pid, verb, ?killed, "the runtime hangs");
                 return Err(RuntimeError::TimedOut {
                     binary: name,

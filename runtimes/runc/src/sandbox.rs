@@ -124,6 +124,7 @@ impl SandboxBackend for NamespaceSandbox {
             .map_or_else(|| self.context.bundle.join("shm"), |made| made.shm.clone());
         if let Some(made) = made.as_mut() {
             made.namespaces.end_init();
+            made.shared.runtime.end_creations();
         }
         mounts::unmount_all(&shm).map_err(|error| ShimError::internal("remove /dev/shm", &error))?;
         *made = None;
