@@ -46,6 +46,8 @@ pub fn of_pods(flavour: Flavour, layout: &Layout, subnet: &Subnet) -> Result<Vec
     left.extend(
         rules(subnet)?
             .into_iter()
+            // The embedded network's own rule is the node's, and goes with the daemon.
+            .filter(|rule| !rule.contains("catamaran default network"))
             .map(|rule| format!("packet filter rule {rule}")),
     );
     if flavour == Flavour::Catamaran {
@@ -174,7 +176,7 @@ fn links(subnet: &Subnet) -> Result<Vec<String>> {
 }
 
 /// Rules and chains of iptables that name the network or an address of a pod of it.
-fn rules(subnet: &Subnet) -> Result<Vec<String>> {
+pub(crate) fn rules(subnet: &Subnet) -> Result<Vec<String>> {
     let save = binary("iptables-save");
     let text = process::succeed(&mut Command::new(save), Duration::from_secs(10))?;
     let (quoted, prefix) = (format!("\"{}\"", subnet.name()), subnet.prefix());

@@ -348,6 +348,8 @@ impl Node {
         let mut left = self.wait_for_no_leaks(Duration::from_secs(20))?;
         self.stop_daemon()?;
         left.extend(leaks::processes(&self.layout, &self.subnet, &[])?);
+        let rules = leaks::rules(&self.subnet)?;
+        left.extend(rules.into_iter().map(|rule| format!("packet filter rule {rule}")));
         if left.is_empty() {
             return Ok(());
         }
