@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use catamaran_images::{ImageStore, ImagesConfig, Platform};
-use catamaran_network::{Network, NetworkConfig};
+use catamaran_network::{Network, NetworkConfig, Source};
 use catamaran_spec::HostFeatures;
 use tokio::net::{UnixListener, UnixStream};
 use tokio_stream::wrappers::UnixListenerStream;
@@ -151,6 +151,9 @@ pub async fn serve(
         }
     };
     streaming.shutdown().await;
+    if pods.is_empty() {
+        remove_default_network(&node).await;
+    }
     if pods.is_empty()
         && let Err(error) = catamaran_cgroups::remove(&node.config.cgroup_parent)
     {
@@ -160,6 +163,18 @@ pub async fn serve(
         tracing::debug!(%error, "the socket stays");
     }
     result
+}
+
+/// The embedded network's bridge and rule serve no pod any more; the next start makes them again. With a
+/// configuration of the operator's, a bridge of that name is not ours.
+async fn remove_default_network(node: &Node) {
+    let ours = node
+        .network
+        .status()
+        .is_ok_and(|summary| summary.source == Source::Default);
+    if ours && let Err(error) = node.network.remove_default().await {
+        tracing::warn!(error = %crate::error::chain(&error), "the default network's bridge or rule stays");
+    }
 }
 
 /// Asks what is asked of each pod later, beside the start.
