@@ -117,6 +117,19 @@ impl<'a> Case<'a> {
         self.script(name, "trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done")
     }
 
+    /// Waits until a container's first process has a handler for SIGTERM: before that, as the first process of
+    /// its PID namespace, it would not notice the signal.
+    ///
+    /// # Errors
+    /// It has none within 20 s.
+    pub fn wait_for_trap(&self, id: &str) -> Result<()> {
+        self.eventually(Duration::from_secs(20), || {
+            // SIGTERM is bit 14 of the mask.
+            self.shell(id, "grep -q '^SigCgt:.*[4-7c-f]...$' /proc/1/status")
+                .map(drop)
+        })
+    }
+
     /// Creates and starts a container.
     ///
     /// # Errors

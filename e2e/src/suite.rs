@@ -5,7 +5,7 @@
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -141,7 +141,7 @@ fn run(flavour: Flavour, options: fn() -> Result<Options>, entries: Vec<Entry>, 
         "\nrunning {} tests",
         entries.len() + usize::from(!entries.is_empty())
     );
-    let node: OnceLock<Result<Node, String>> = OnceLock::new();
+    let shared: Mutex<Option<Started>> = Mutex::new(None);
     let ended: Mutex<Vec<(String, Outcome)>> = Mutex::new(Vec::new());
     let record = |name: String, outcome: Outcome, took: Duration| {
         let mut ended = ended.lock().unwrap_or_else(PoisonError::into_inner);
@@ -162,12 +162,16 @@ fn run(flavour: Flavour, options: fn() -> Result<Options>, entries: Vec<Entry>, 
                     let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
                     let Some(entry) = next else { break };
                     let begun = Instant::now();
-                    let node = node.get_or_init(|| {
-                        options()
-                            .and_then(|o| Node::start(flavour, o))
-                            .map_err(|e| format!("{e:#}"))
-                    });
-                    let outcome = run_one(flavour, node, &entry);
+                    let node = shared
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .get_or_insert_with(|| start_node(flavour, options))
+                        .clone();
+                    let outcome = run_one(flavour, &node, &entry);
+                    if jobs == 1 && node.is_ok() && matches!(outcome, Outcome::Failed(_)) {
+                        // What a failed case left must not fail the next one: it gets a new node.
+                        *shared.lock().unwrap_or_else(PoisonError::into_inner) = None;
+                    }
                     record(entry.name, outcome, begun.elapsed());
                 }
             });
@@ -175,13 +179,15 @@ fn run(flavour: Flavour, options: fn() -> Result<Options>, entries: Vec<Entry>, 
     });
     if any {
         let begun = Instant::now();
-        let outcome = match node.into_inner() {
-            Some(Ok(node)) => match node.finish() {
-                Ok(()) => Outcome::Passed,
-                Err(error) => Outcome::Failed(format!("{error:#}")),
+        let node = shared.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let outcome = match node {
+            Some(Ok(node)) => match Arc::into_inner(node).map(Node::finish) {
+                Some(Ok(())) => Outcome::Passed,
+                Some(Err(error)) => Outcome::Failed(format!("{error:#}")),
+                None => Outcome::Failed("a case still holds the node".to_owned()),
             },
             Some(Err(error)) => Outcome::Failed(error),
-            None => Outcome::Skipped("no case needed the node".to_owned()),
+            None => Outcome::Skipped("the last case failed, and its node with it".to_owned()),
         };
         record("nothing_is_left_behind".to_owned(), outcome, begun.elapsed());
     }
@@ -191,7 +197,15 @@ fn run(flavour: Flavour, options: fn() -> Result<Options>, entries: Vec<Entry>, 
     )
 }
 
-fn run_one(flavour: Flavour, node: &Result<Node, String>, entry: &Entry) -> Outcome {
+/// The node, or why it did not start.
+type Started = Result<Arc<Node>, String>;
+
+fn start_node(flavour: Flavour, options: fn() -> Result<Options>) -> Started {
+    let node = options().and_then(|options| Node::start(flavour, options));
+    node.map(Arc::new).map_err(|error| format!("{error:#}"))
+}
+
+fn run_one(flavour: Flavour, node: &Started, entry: &Entry) -> Outcome {
     if flavour == Flavour::Containerd && entry.handler == Handler::Runv {
         return Outcome::Skipped("Debian's containerd has no handler runv".to_owned());
     }

@@ -124,6 +124,7 @@ fn containers(t: &Case<'_>) -> Result<()> {
         let ids = crictl.ok(&[&["ps", "-a", "-q", "--no-trunc"], filter.as_slice()].concat())?;
         ensure!(ids.contains(&id) == expected, "ps {filter:?} gives {ids}");
     }
+    t.wait_for_trap(&id)?;
     crictl.ok(&["stop", "-t", "10", &id])?;
     let status = t.status(&id)?;
     ensure!(status["state"] == "CONTAINER_EXITED", "{status}");
@@ -245,15 +246,12 @@ fn exec_timeout(t: &Case<'_>) -> Result<()> {
 
 fn stop(t: &Case<'_>) -> Result<()> {
     let pod = t.pod()?;
-    // The trap is set when SIGTERM is among the caught signals (bit 14).
     let polite = t.script(
         "polite",
         "trap 'echo got-term; exit 5' TERM; while :; do sleep 1000 & wait $!; done",
     );
     let id = t.start(&pod, &polite)?;
-    t.eventually(Duration::from_secs(5), || {
-        t.shell(&id, "grep -q '^SigCgt:.*4...$' /proc/1/status")
-    })?;
+    t.wait_for_trap(&id)?;
     t.node.crictl.ok(&["stop", "-t", "20", &id])?;
     let ended = t.wait_exited(&id)?;
     ensure!(ended.code() == 5 && ended.reason() == "Error", "{}", ended.status);

@@ -143,11 +143,11 @@ fn shipped_configuration(_: &Case<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Drops keys without a value: a default of nothing is written as a comment in the shipped file.
+/// Drops keys without a value, and sections of such: the shipped file has those as comments.
 fn forget_unset(value: &mut serde_yaml::Value) {
     if let serde_yaml::Value::Mapping(mapping) = value {
-        mapping.retain(|_, value| !value.is_null());
         mapping.values_mut().for_each(forget_unset);
+        mapping.retain(|_, value| !value.is_null() && !value.as_mapping().is_some_and(|m| m.is_empty()));
     }
 }
 
