@@ -41,6 +41,8 @@ pub struct Config {
     pub images: ImagesSection,
     /// Where the clients of exec, attach and port-forward come to.
     pub streaming: StreamingSection,
+    /// Directories of CDI specifications; a later one overrides an earlier one.
+    pub cdi_spec_dirs: Vec<PathBuf>,
     /// The daemon's own metrics.
     pub metrics: MetricsSection,
 }
@@ -188,6 +190,7 @@ impl Default for Config {
             network: NetworkSection::default(),
             images: ImagesSection::default(),
             streaming: StreamingSection::default(),
+            cdi_spec_dirs: vec!["/etc/cdi".into(), "/var/run/cdi".into()],
             metrics: MetricsSection::default(),
         }
     }

@@ -210,6 +210,14 @@ impl ImageStore {
         ids
     }
 
+    /// The names under which layers are held: containers and image volumes.
+    #[must_use]
+    pub fn leases(&self) -> Vec<String> {
+        let mut keys: Vec<String> = self.inner.state().leases.keys().cloned().collect();
+        keys.sort();
+        keys
+    }
+
     /// Measures a container's writable layer.
     ///
     /// # Errors

@@ -239,6 +239,11 @@ fn walk_devices(host: &Path, inside: &Path, depth: usize, into: &mut Vec<LinuxDe
     Ok(())
 }
 
+/// The device node at a path of the host, links followed; `None`: something else is there.
+pub(crate) fn node_at(path: &Path) -> io::Result<Option<LinuxDevice>> {
+    Ok(device_node(&fs::metadata(path)?, path))
+}
+
 fn device_node(metadata: &fs::Metadata, inside: &Path) -> Option<LinuxDevice> {
     let kind = metadata.file_type();
     let typ = if kind.is_block_device() {

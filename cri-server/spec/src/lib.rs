@@ -2,9 +2,10 @@
 //! configuration say, as one pure function ([`container_spec`]); what cannot be honoured is a [`SpecError`]
 //! with the field's name. Where the CRI is silent this does as containerd's CRI plugin does.
 //!
-//! Architecture invariant: only [`HostFeatures::detect`] and [`HostInputs::gather`] touch the host.
+//! Architecture invariant: only [`HostFeatures::detect`], [`HostInputs::gather`] and [`CdiRegistry`] touch the host.
 
 mod capabilities;
+mod cdi;
 mod devices;
 mod error;
 mod gather;
@@ -26,6 +27,7 @@ use std::collections::HashMap;
 use catamaran_cri_api::v1::LinuxContainerSecurityContext;
 use oci_spec::runtime::{Linux, LinuxResources, Root, Spec};
 
+pub use cdi::{CdiRegistry, inject_cdi_devices};
 pub use error::{Result, SpecError, SpecErrorKind};
 pub use gather::{HostInputs, MountSource, SourcePropagation};
 pub use host::{

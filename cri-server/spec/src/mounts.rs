@@ -182,12 +182,28 @@ fn cri_mount(
         return Err(SpecError::invalid(field("image_sub_path"), "set without image"));
     }
     let Some(source) = input.inputs.mounts.get(index).and_then(Option::as_ref) else {
-        return Err(if is_image {
-            SpecError::unimplemented(field("image"), "image volumes are not built yet")
-        } else {
-            SpecError::not_found(field("host_path"), "not looked up on the node")
-        });
+        return Err(SpecError::not_found(
+            field(if is_image { "image" } else { "host_path" }),
+            "not looked up on the node",
+        ));
     };
+    if is_image {
+        if !wanted.host_path.is_empty() {
+            return Err(SpecError::invalid(field("host_path"), "set together with image"));
+        }
+        if !wanted.readonly {
+            return Err(SpecError::invalid(
+                field("readonly"),
+                "must be true for an image volume",
+            ));
+        }
+        if wanted.propagation() != MountPropagation::PropagationPrivate {
+            return Err(SpecError::invalid(
+                field("propagation"),
+                "an image volume has PROPAGATION_PRIVATE only",
+            ));
+        }
+    }
     let security = input
         .container
         .linux
@@ -235,6 +251,9 @@ fn cri_mount(
         }
         (true, true) => "rro",
     });
+    if is_image {
+        options.extend(["nosuid", "nodev", "noexec"]);
+    }
 
     let mut result = mount(inside, "bind", &source.path, &options);
     let uids = id_mappings(&wanted.uid_mappings);

@@ -416,7 +416,25 @@ fn mounts_that_are_refused() {
         });
         f.inputs.mounts[0] = None;
     });
-    assert_eq!(image, (Unimplemented, "mounts[0].image".into()));
+    assert_eq!(image, (NotFound, "mounts[0].image".into()));
+    for (change, name) in [
+        ((|m| m.readonly = false) as fn(&mut CriMount), "readonly"),
+        (|m| m.propagation = 1, "propagation"),
+        (|m| m.host_path = "/x".into(), "host_path"),
+    ] {
+        let error = refused(|f| {
+            bind(f, "/m", |m| {
+                m.host_path = String::new();
+                m.readonly = true;
+                m.image = Some(ImageSpec {
+                    image: "i".into(),
+                    ..Default::default()
+                });
+                change(m);
+            });
+        });
+        assert_eq!(error, (InvalidArgument, format!("mounts[0].{name}")));
+    }
     let not_gathered = refused(|f| {
         bind(f, "/m", |_| {});
         f.inputs.mounts.clear();
@@ -584,8 +602,11 @@ fn devices_of_the_node() {
     let mut guest = with("r", "/dev/z");
     guest.namespaces = None;
     assert_eq!(guest.spec().expect_err("in a VM").kind, FailedPrecondition);
-    let cdi = refused(|f| f.container.cdi_devices = vec![CdiDevice { name: "v/c=d".into() }]);
-    assert_eq!(cdi, (Unimplemented, "CDI_devices".into()));
+    let cdi = refused(|f| {
+        f.namespaces = None;
+        f.container.cdi_devices = vec![CdiDevice { name: "v/c=d".into() }];
+    });
+    assert_eq!(cdi, (FailedPrecondition, "CDI_devices".into()));
 }
 
 #[test]

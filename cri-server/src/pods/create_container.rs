@@ -10,12 +10,13 @@ use catamaran_sandbox::pod_spec::info;
 use catamaran_sandbox::protocol::{CRI_LOG_SCHEME, DISCARD_OUTPUT, STDIN_KEEP, STDIN_ONCE};
 use catamaran_spec::{
     ContainerInput, HostInputs, HostNamespaces, ImageUsers, PidNamespace, PodFiles, Side, Target,
-    UserNamespace, container_spec, resolve_identity, stop_signal,
+    UserNamespace, container_spec, inject_cdi_devices, resolve_identity, stop_signal,
 };
 use oci_spec::runtime::{LinuxIdMapping, LinuxIdMappingBuilder, Spec};
 use tokio_util::sync::CancellationToken;
 
 use super::files::Files;
+use super::image_volumes::{self, ImageVolume};
 use super::record::{ContainerRecord, PodRecord, PodView};
 use super::run_sandbox::Failed;
 use super::state::ContainerState;
@@ -36,6 +37,7 @@ pub(super) struct Plan {
     pub(super) record: ContainerRecord,
     spec: Spec,
     read_only: bool,
+    image_volumes: Vec<ImageVolume>,
 }
 
 /// Checks a request and makes its spec.
@@ -65,7 +67,7 @@ pub(super) async fn plan(node: &Arc<Node>, pod: &PodView, config: ContainerConfi
 fn plan_blocking(
     node: &Node,
     pod: &PodView,
-    config: ContainerConfig,
+    mut config: ContainerConfig,
     image: &Image,
     id: Id,
     side: Side,
@@ -94,7 +96,13 @@ fn plan_blocking(
         .unwrap_or_default();
     let options = security.namespace_options.clone().unwrap_or_default();
     let namespaces = host_namespaces(pod, &options)?;
-    let inputs = HostInputs::gather(&config, side)?;
+    let image_volumes = image_volumes::plan(node, &node.dirs.container(&sandbox.id, &id), &mut config)?;
+    let mut inputs = HostInputs::gather(&config, side)?;
+    for volume in &image_volumes {
+        if let Some(source) = inputs.mounts.get_mut(volume.index) {
+            *source = Some(volume.source());
+        }
+    }
     let annotations: BTreeMap<String, String> = BTreeMap::new();
     let image_name = config.image.as_ref().map(user_image_name).unwrap_or_default();
     let input = ContainerInput {
@@ -118,7 +126,13 @@ fn plan_blocking(
         cgroup_parent: &sandbox.cgroup_parent,
         annotations: &annotations,
     };
-    let spec = container_spec(&input)?;
+    let mut spec = container_spec(&input)?;
+    let devices: Vec<&str> = config
+        .cdi_devices
+        .iter()
+        .map(|device| device.name.as_str())
+        .collect();
+    inject_cdi_devices(&mut spec, &devices, &node.config.cdi_spec_dirs)?;
     let image_user = image
         .config
         .config()
@@ -156,6 +170,7 @@ fn plan_blocking(
         record,
         spec,
         read_only: security.readonly_rootfs,
+        image_volumes,
     })
 }
 
@@ -172,9 +187,6 @@ fn verify(pod: &PodRecord, config: &ContainerConfig) -> Result<()> {
     }
     if config.windows.is_some() {
         return Err(Error::invalid("config.windows", "this is a Linux node"));
-    }
-    if !config.cdi_devices.is_empty() {
-        return Err(Error::invalid("config.CDI_devices", "CDI is not served"));
     }
     if !config.log_path.is_empty() {
         if pod.config.log_directory.is_empty() && !config.log_path.starts_with('/') {
@@ -328,6 +340,10 @@ async fn begin(
     undo.push("snapshot", move || async move {
         n.images.release(i.as_str()).await.map_err(|e| chain(&e))
     });
+    let (n, i, config) = (node.clone(), id.clone(), plan.record.config.clone());
+    undo.push("image volumes", move || async move {
+        image_volumes::release(&n, &i, &config).await.map_err(text)
+    });
     let (n, p, i) = (node.clone(), pod.clone(), id.clone());
     undo.push("bundle", move || async move {
         teardown::remove_container_bundle(&n, &p, &i).await.map_err(text)
@@ -343,6 +359,7 @@ async fn begin(
     {
         std::fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
     }
+    image_volumes::mount_all(node, &id, &plan.image_volumes).await?;
     let snapshot = node
         .images
         .prepare(&plan.record.image_id, id.as_str(), plan.read_only)

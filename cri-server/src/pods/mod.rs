@@ -4,6 +4,7 @@
 mod create_container;
 mod exec_sync;
 mod files;
+mod image_volumes;
 mod network;
 mod owner;
 pub mod record;

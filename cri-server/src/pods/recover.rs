@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 use super::owner::{Call, Message, Owner};
 use super::record::{ContainerRecord, Exit, PodRecord};
 use super::state::{ContainerState, PodState};
-use super::{Pods, teardown, watch};
+use super::{Pods, image_volumes, teardown, watch};
 use crate::error::chain;
 use crate::node::{Node, now_ns};
 use crate::shim::{Shim, TaskState};
@@ -231,6 +231,9 @@ async fn undo_container(node: &Arc<Node>, shim: Option<&Shim>, container: &mut C
     if let Err(error) = teardown::remove_container_bundle(node, &container.pod, &container.id).await {
         problems.push(chain(&error));
     }
+    if let Err(error) = image_volumes::release(node, &container.id, &container.config).await {
+        problems.push(chain(&error));
+    }
     if let Err(error) = node.images.release(container.id.as_str()).await {
         problems.push(chain(&error));
     }
@@ -287,9 +290,9 @@ async fn sweep(node: &Arc<Node>, pods: &HashSet<Id>, containers: &HashSet<String
     }
     for id in node
         .images
-        .snapshots()
+        .leases()
         .into_iter()
-        .filter(|id| !containers.contains(id))
+        .filter(|key| !containers.contains(image_volumes::holder(key)))
     {
         if let Err(error) = node.images.release(&id).await {
             warn("snapshot", &id, chain(&error));

@@ -6,7 +6,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::record::{ContainerRecord, PodView};
-use super::{stop_container, teardown};
+use super::{image_volumes, stop_container, teardown};
 use crate::error::Result;
 use crate::node::Node;
 use crate::shim::Shim;
@@ -39,6 +39,7 @@ pub(super) async fn run(
         }
     }
     teardown::remove_container_bundle(&node, &container.pod, &container.id).await?;
+    image_volumes::release(&node, &container.id, &container.config).await?;
     node.images.release(container.id.as_str()).await?;
     Ok(())
 }

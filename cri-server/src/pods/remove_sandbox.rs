@@ -6,7 +6,7 @@ use tokio::sync::watch;
 
 use super::record::PodView;
 use super::state::PodState;
-use super::{stop_sandbox, teardown};
+use super::{image_volumes, stop_sandbox, teardown};
 use crate::error::{Error, Result, chain};
 use crate::node::Node;
 use crate::shim::Shim;
@@ -34,7 +34,8 @@ pub(super) async fn run(
         }
     };
     note(teardown::remove_bundle(&node, &pod.id).await);
-    for id in current.containers.keys() {
+    for (id, container) in &current.containers {
+        note(image_volumes::release(&node, id, &container.config).await);
         note(node.images.release(id.as_str()).await.map_err(Error::from));
     }
     note(teardown::remove_cgroup(pod).await);
