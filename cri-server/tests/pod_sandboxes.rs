@@ -320,14 +320,19 @@ async fn a_second_daemon_on_the_same_directories_is_refused() {
 async fn what_is_not_served_or_not_meant_is_refused_by_name() {
     let daemon = Daemon::start("").await;
     let mut client = daemon.client().await;
-    let error = client
-        .checkpoint_container(CheckpointContainerRequest::default())
-        .await
-        .unwrap_err();
-    assert_eq!(
-        (error.code(), error.message()),
-        (Code::Unimplemented, "CheckpointContainer is not implemented")
-    );
+    for (container_id, timeout, code) in [
+        ("", 0, Code::InvalidArgument),
+        ("gone", -1, Code::InvalidArgument),
+        ("gone", 0, Code::NotFound),
+    ] {
+        let request = CheckpointContainerRequest {
+            container_id: container_id.to_owned(),
+            location: "/x.tar".to_owned(),
+            timeout,
+        };
+        let error = client.checkpoint_container(request).await.unwrap_err();
+        assert_eq!(error.code(), code, "{error}");
+    }
     let mut unknown = pod("a");
     unknown.runtime_handler = "kata".to_owned();
     let error = client.run_pod_sandbox(unknown).await.unwrap_err();

@@ -21,6 +21,8 @@ pub enum Action {
     Garbage,
     /// Does the real work, then ends with an error.
     FailAfter,
+    /// Leaves what the real work would leave where that cannot be done on this host.
+    Stand,
 }
 
 /// Makes the n-th call (from 1; 0: every call) of `verb` do something; other calls pass. Counting starts anew.
@@ -34,6 +36,7 @@ pub fn set(control: &Path, verb: &str, call: u32, action: Action) -> Result<()> 
         Action::Hang => "hang",
         Action::Garbage => "garbage",
         Action::FailAfter => "fail-after",
+        Action::Stand => "stand",
     };
     std::fs::create_dir_all(control)?;
     std::fs::write(control.join(verb), format!("{call} {word} 0"))?;
@@ -78,6 +81,7 @@ pub fn next(control: &Path, verb: &str) -> Result<Action> {
         "pass" => Action::Pass,
         "fail" => Action::Fail,
         "hang" => Action::Hang,
+        "stand" => Action::Stand,
         "garbage" => Action::Garbage,
         "fail-after" => Action::FailAfter,
         _ => bail!("{}: unknown action {word:?}", path.display()),

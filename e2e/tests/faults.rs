@@ -25,6 +25,9 @@ fn main() -> ExitCode {
         .one(Runc, "a_runtime_that_fails", runtime_fails)
         .one(Runc, "a_runtime_that_hangs_in_create", runtime_hangs)
         .one(Runc, "a_runtime_that_is_not_installed", runtime_missing)
+        .one(Runc, "a_checkpoint_is_an_archive", checkpoint_archive)
+        .one(Runc, "a_checkpoint_that_fails", checkpoint_fails)
+        .one(Runv, "a_checkpoint_of_a_vm", checkpoint_of_vm)
         .one(Runv, "a_kernel_that_is_none", garbage_kernel)
         .one(Runv, "a_kernel_without_an_agent", no_agent)
         .one(Runv, "a_guest_that_was_never_built", no_guest)
@@ -32,6 +35,109 @@ fn main() -> ExitCode {
         .one(Runc, "a_shim_that_is_killed", shim_killed)
         .one(Runv, "a_vm_shim_that_is_killed", shim_killed)
         .main()
+}
+
+/// criu works on few of the kernels that these tests meet, so the runtime only stands in for it; the rest is real.
+fn checkpoint_archive(t: &Case<'_>) -> Result<()> {
+    let pod = t.run_pod_under("fault", &t.pod_request())?;
+    let id = t.start(&pod, &t.idle("main"))?;
+    t.shell(&id, "echo written > /new && rm /bin/ls")?;
+    let location = t.directory()?.join("checkpoint.tar");
+    {
+        let _faults = Faults::set("runtime", "checkpoint", 0, Action::Stand)?;
+        t.node
+            .crictl
+            .ok(&["checkpoint", "--export", &location.display().to_string(), &id])?;
+    }
+    let files = archived(&std::fs::read(&location)?)?;
+    for name in [
+        "config.dump",
+        "spec.dump",
+        "checkpoint/pages-1.img",
+        "dump.log",
+        "container.log",
+    ] {
+        ensure!(files.contains_key(name), "{name} is not in {:?}", files.keys());
+    }
+    let config: Value = serde_json::from_slice(&files["config.dump"])?;
+    ensure!(config["id"] == id && config["name"] == "main", "{config}");
+    let diff = archived(&files["rootfs-diff.tar"])?;
+    ensure!(
+        diff.get("new").is_some_and(|bytes| bytes == b"written\n"),
+        "{:?}",
+        diff.keys()
+    );
+    ensure!(diff.contains_key("bin/.wh.ls"), "{:?}", diff.keys());
+    // It goes on running.
+    t.shell(&id, "true")?;
+    Ok(())
+}
+
+fn archived(bytes: &[u8]) -> Result<std::collections::BTreeMap<String, Vec<u8>>> {
+    let mut files = std::collections::BTreeMap::new();
+    for entry in tar::Archive::new(bytes).entries()? {
+        let mut entry = entry?;
+        let name = entry.path()?.display().to_string();
+        let mut content = Vec::new();
+        std::io::Read::read_to_end(&mut entry, &mut content)?;
+        files.insert(name.trim_end_matches('/').to_owned(), content);
+    }
+    Ok(files)
+}
+
+fn checkpoint_fails(t: &Case<'_>) -> Result<()> {
+    let pod = t.run_pod_under("fault", &t.pod_request())?;
+    let id = t.start(&pod, &t.idle("main"))?;
+    let directory = t.directory()?;
+    let location = directory.join("checkpoint.tar").display().to_string();
+    let fails = |location: &str| {
+        let arguments = ["--timeout", "30s", "checkpoint", "--export", location, &id];
+        t.node.crictl.fails(&arguments)
+    };
+    {
+        let _faults = Faults::set("runtime", "checkpoint", 0, Action::Fail)?;
+        let error = fails(&location)?;
+        // Which of the two depends on the node: where criu works the runtime's own error is told.
+        ensure!(
+            error.contains("scripted fault in checkpoint"),
+            "the runtime's error is told: {error}"
+        );
+        ensure!(
+            criu_works() || (error.contains("FailedPrecondition") && error.contains("criu")),
+            "{error}"
+        );
+    }
+    let error = fails("relative.tar")?;
+    ensure!(
+        error.contains("InvalidArgument") && error.contains("location"),
+        "{error}"
+    );
+    let left: Vec<_> = std::fs::read_dir(&directory)?.collect::<std::io::Result<_>>()?;
+    ensure!(left.is_empty(), "{left:?}");
+    t.shell(&id, "true")?;
+    Ok(())
+}
+
+fn criu_works() -> bool {
+    std::process::Command::new("criu")
+        .arg("check")
+        .output()
+        .is_ok_and(|output| output.status.success())
+}
+
+fn checkpoint_of_vm(t: &Case<'_>) -> Result<()> {
+    let pod = t.pod()?;
+    let id = t.start(&pod, &t.idle("main"))?;
+    let location = t.directory()?.join("checkpoint.tar");
+    let error = t
+        .node
+        .crictl
+        .fails(&["checkpoint", "--export", &location.display().to_string(), &id])?;
+    ensure!(
+        error.contains("Unimplemented") && error.contains("virtual machine") && !location.exists(),
+        "{error}"
+    );
+    Ok(())
 }
 
 /// Where the fault programs of this run look for what to do; one suite runs at a time in a process.

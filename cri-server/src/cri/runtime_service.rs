@@ -72,10 +72,6 @@ fn seconds(value: i64, field: &str) -> Result<Duration, Error> {
     Ok(Duration::from_secs(seconds))
 }
 
-fn unserved<T>(rpc: &'static str) -> Result<T, Status> {
-    Err(Error::Unimplemented(rpc).into())
-}
-
 fn refused(error: RequestError) -> Status {
     match error {
         RequestError::Invalid(text) => Status::invalid_argument(text),
@@ -459,9 +455,18 @@ impl RuntimeService for Runtime {
 
     async fn checkpoint_container(
         &self,
-        _: Request<api::CheckpointContainerRequest>,
+        request: Request<api::CheckpointContainerRequest>,
     ) -> Reply<api::CheckpointContainerResponse> {
-        unserved("CheckpointContainer")
+        let request = request.into_inner();
+        let limit = seconds(request.timeout, "timeout")?;
+        self.pods
+            .checkpoint_container(
+                named(&request.container_id, "container_id")?,
+                &request.location,
+                limit,
+            )
+            .await?;
+        ok(api::CheckpointContainerResponse {})
     }
 
     type GetContainerEventsStream = Streamed<api::ContainerEventResponse>;

@@ -1,6 +1,7 @@
 //! Pods: the registry of all of them, and the verbs that requests call. Each verb has its file; each pod has
 //! its owner task (owner.rs), and readers take snapshots that wait for nobody.
 
+mod checkpoint_container;
 mod create_container;
 mod exec_sync;
 mod files;
@@ -294,6 +295,15 @@ impl Pods {
             Call::UpdateContainer(container.id.clone(), Box::new(wanted), reply)
         })
         .await
+    }
+
+    /// CheckpointContainer: the container goes on running. Beside the pod's owner, as nothing of its state changes.
+    ///
+    /// # Errors
+    /// A location that is not meant, a container that does not run, no criu that works, the time limit.
+    pub async fn checkpoint_container(&self, id: &str, location: &str, limit: Duration) -> Result<()> {
+        let (_, view, container) = self.container_handle(id)?;
+        checkpoint_container::run(self.node().clone(), view, container, location, limit).await
     }
 
     /// UpdatePodSandboxResources.

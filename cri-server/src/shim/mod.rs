@@ -493,6 +493,22 @@ impl Shim {
         answer.map(drop).map_err(|e| ShimError::from_call("Update", e))
     }
 
+    /// Task.Checkpoint: writes criu's images of a container, which goes on running, into a directory.
+    ///
+    /// # Errors
+    /// [`ShimError`].
+    pub async fn checkpoint(&self, id: &str, images: &Path, limit: Duration) -> Result<()> {
+        let request = api::CheckpointTaskRequest {
+            id: id.to_owned(),
+            path: images.display().to_string(),
+            ..Default::default()
+        };
+        let answer = self.task.checkpoint(within(limit), &request).await;
+        answer
+            .map(drop)
+            .map_err(|e| ShimError::from_call("Checkpoint", e))
+    }
+
     /// Task.Stats: containerd's cgroup metrics.
     ///
     /// # Errors

@@ -38,7 +38,7 @@ fn run() -> Result<ExitCode> {
     match failpoint::next(Path::new(control), &verb)? {
         Action::Hang => failpoint::hang(),
         Action::Garbage => println!("this is no JSON"),
-        Action::Fail | Action::FailAfter => {
+        Action::Fail | Action::FailAfter | Action::Stand => {
             let error = json!({
                 "cniVersion": "1.0.0", "code": 103, "msg": "scripted fault", "details": "as the test asked for",
             });

@@ -6,14 +6,25 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail, ensure};
 use catamaran_e2e::binaries;
 use catamaran_e2e::failpoint::{self, Action};
 use serde_json::json;
 
 const VERBS: &[&str] = &[
-    "create", "start", "run", "kill", "delete", "exec", "state", "update", "pause", "resume", "events",
+    "create",
+    "start",
+    "run",
+    "kill",
+    "delete",
+    "exec",
+    "state",
+    "update",
+    "pause",
+    "resume",
+    "events",
     "features",
+    "checkpoint",
 ];
 
 fn main() -> ExitCode {
@@ -51,6 +62,19 @@ fn run() -> Result<ExitCode> {
         Action::Hang => failpoint::hang(),
         Action::Garbage => println!("this is no JSON"),
         Action::Fail => {}
+        // What a criu that works would have left.
+        Action::Stand if verb == "checkpoint" => {
+            let images = words.iter().skip_while(|word| *word != "--image-path").nth(1);
+            let images = Path::new(images.context("checkpoint without --image-path")?);
+            ensure!(
+                words.iter().any(|word| word == "--leave-running"),
+                "the container would end"
+            );
+            std::fs::write(images.join("pages-1.img"), "memory")?;
+            std::fs::write(images.join("dump.log"), "said")?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        Action::Stand => bail!("nothing stands in for {verb}"),
         Action::FailAfter => {
             runc.status()?;
         }

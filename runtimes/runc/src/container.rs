@@ -1,6 +1,6 @@
 //! A container by an OCI runtime: made, started, signalled, removed; its execs.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -380,6 +380,24 @@ impl ContainerBackend for OciContainer {
             .into_iter()
             .map(i32::unsigned_abs)
             .collect())
+    }
+
+    async fn checkpoint(&self, images: &Path) -> Result<(), ShimError> {
+        let images = images.as_os_str();
+        let arguments: [&OsStr; 7] = [
+            "checkpoint".as_ref(),
+            "--leave-running".as_ref(),
+            "--image-path".as_ref(),
+            images,
+            // Where criu's log goes.
+            "--work-path".as_ref(),
+            images,
+            self.id.as_ref(),
+        ];
+        let runtime = &self.shared.runtime;
+        Ok(runtime
+            .run(&self.bundle, arguments, CommandStdio::default())
+            .await?)
     }
 
     async fn freeze(&self, frozen: bool) -> Result<(), ShimError> {

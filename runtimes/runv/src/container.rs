@@ -1,5 +1,6 @@
 //! A container in the guest, for the shim server.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -127,6 +128,12 @@ impl ContainerBackend for GuestContainer {
     async fn pids(&self) -> Result<Vec<u32>, ShimError> {
         Err(ShimError::Unimplemented(
             "process ids of a container in a VM are the guest's own".to_owned(),
+        ))
+    }
+
+    async fn checkpoint(&self, _images: &Path) -> Result<(), ShimError> {
+        Err(ShimError::Unimplemented(
+            "a container in a VM cannot be checkpointed: criu is not in the guest".to_owned(),
         ))
     }
 

@@ -2,7 +2,7 @@
 //! states, stdio routing, logs, waiting and idempotence are not theirs but the shim server's.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -67,6 +67,8 @@ pub trait ContainerBackend: Send + Sync + 'static {
     async fn stats(&self) -> Result<Any, ShimError>;
     /// Process ids, as the host (or the guest) numbers them.
     async fn pids(&self) -> Result<Vec<u32>, ShimError>;
+    /// Writes criu's images of the running container, which goes on running, into the directory.
+    async fn checkpoint(&self, images: &Path) -> Result<(), ShimError>;
     /// Freezes (`true`) or thaws every process.
     async fn freeze(&self, frozen: bool) -> Result<(), ShimError>;
 }

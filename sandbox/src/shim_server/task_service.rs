@@ -309,8 +309,30 @@ impl Task for TaskService {
         self.freeze(&request.id, false).await
     }
 
-    async fn checkpoint(&self, _: &TtrpcContext, _: api::CheckpointTaskRequest) -> ttrpc::Result<Empty> {
-        Err(ShimError::Unimplemented("Checkpoint is not supported".into()).into())
+    async fn checkpoint(
+        &self,
+        _: &TtrpcContext,
+        request: api::CheckpointTaskRequest,
+    ) -> ttrpc::Result<Empty> {
+        if request.options.is_some() {
+            return Err(
+                invalid("options: a container is checkpointed and goes on; nothing can be set").into(),
+            );
+        }
+        let container = self.0.container(&request.id)?;
+        let images = absolute("path", &request.path)?;
+        detached(async move {
+            let _one = container.verbs.lock().await;
+            if container.init.state() != State::Running {
+                return Err(ShimError::FailedPrecondition(format!(
+                    "container {} is not running",
+                    container.id
+                )));
+            }
+            container.backend.checkpoint(&images).await
+        })
+        .await?;
+        Ok(Empty::new())
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: api::ResizePtyRequest) -> ttrpc::Result<Empty> {
