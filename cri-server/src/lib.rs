@@ -10,6 +10,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod cpu_rates;
 pub mod cri;
 pub mod error;
 pub mod events;

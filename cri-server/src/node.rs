@@ -8,6 +8,7 @@ use catamaran_sandbox::id::Id;
 use catamaran_spec::HostFeatures;
 
 use crate::config::Config;
+use crate::cpu_rates::CpuRates;
 use crate::error::Error;
 use crate::events::Events;
 use crate::handlers::Handlers;
@@ -31,6 +32,8 @@ pub struct Node {
     pub host: HostFeatures,
     /// Container events.
     pub events: Events,
+    /// CPU use of late.
+    pub cpu_rates: CpuRates,
 }
 
 impl std::fmt::Debug for Node {

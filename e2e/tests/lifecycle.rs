@@ -319,6 +319,18 @@ fn stats(t: &Case<'_>) -> Result<()> {
         Ok((first, last))
     })?;
     ensure!(last.0 - first.0 < 20_000_000_000, "{first:?} {last:?}");
+    // The rate of late: less than all of a few processors, more than nothing.
+    let rate = t.eventually(Duration::from_secs(10), || {
+        std::thread::sleep(Duration::from_millis(600));
+        let stats = t.node.crictl.json(&["stats", &id])?;
+        let rate = stats["stats"][0]["cpu"]["usageNanoCores"]["value"].as_str();
+        let rate: u64 = rate
+            .and_then(|n| n.parse().ok())
+            .with_context(|| stats.to_string())?;
+        ensure!(rate > 0, "{stats}");
+        Ok(rate)
+    })?;
+    ensure!(rate < 1_000_000_000_000, "{rate}");
     let pods = t.node.crictl.json(&["statsp", "--id", &pod.id])?;
     ensure!(pods["stats"][0]["attributes"]["id"] == pod.id.as_str(), "{pods}");
     Ok(())

@@ -20,6 +20,7 @@ use super::layer::Observed;
 use super::runtime_service::Runtime;
 use crate::config::Config;
 use crate::error::Error;
+use crate::cpu_rates::CpuRates;
 use crate::events::Events;
 use crate::handlers::Handlers;
 use crate::metrics::RpcMetrics;
@@ -99,6 +100,7 @@ pub async fn serve(
         handlers: Handlers::new(&config, &dirs),
         host: HostFeatures::detect(),
         events: Events::default(),
+        cpu_rates: CpuRates::default(),
         images,
         store,
         dirs,

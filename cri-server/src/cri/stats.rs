@@ -189,7 +189,7 @@ fn container_message(node: &Node, container: &ContainerRecord, used: CgroupStats
     });
     api::ContainerStats {
         attributes: Some(attributes(container)),
-        cpu: cpu(&used),
+        cpu: cpu(node, container.id.as_str(), &used),
         memory: memory(&used),
         writable_layer: layer.map(|usage| api::FilesystemUsage {
             timestamp: usage.timestamp_ns,
@@ -222,7 +222,7 @@ fn pod_message(node: &Node, pod: &PodRecord, containers: Vec<api::ContainerStats
             annotations: pod.config.annotations.clone(),
         }),
         linux: Some(api::LinuxPodSandboxStats {
-            cpu: cpu(&used),
+            cpu: cpu(node, pod.id.as_str(), &used),
             memory: memory(&used),
             network: network(pod.netns()),
             process: used.pids.as_ref().map(|pids| api::ProcessUsage {
@@ -236,12 +236,14 @@ fn pod_message(node: &Node, pod: &PodRecord, containers: Vec<api::ContainerStats
     }
 }
 
-fn cpu(used: &CgroupStats) -> Option<api::CpuUsage> {
+fn cpu(node: &Node, id: &str, used: &CgroupStats) -> Option<api::CpuUsage> {
     used.cpu.as_ref().map(|cpu| api::CpuUsage {
         timestamp: used.timestamp_ns,
         usage_core_nano_seconds: value(cpu.usage_ns),
-        // Left to the reader, who knows the interval it wants.
-        usage_nano_cores: None,
+        usage_nano_cores: node
+            .cpu_rates
+            .sample(id, used.timestamp_ns, cpu.usage_ns)
+            .and_then(value),
         psi: cpu.pressure.map(psi),
     })
 }
