@@ -2,6 +2,7 @@
 //! do, and what the shim is told about it.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -45,7 +46,16 @@ pub struct Handler {
     shim: Result<PathBuf, String>,
     binary: Result<PathBuf, String>,
     root: PathBuf,
-    features: OnceCell<RuntimeFeatures>,
+    /// Where containers' writable layers are.
+    snapshots: PathBuf,
+    features: OnceCell<Features>,
+}
+
+/// What a handler can do, and why not the rest.
+#[derive(Debug, Default)]
+struct Features {
+    runtime: RuntimeFeatures,
+    no_user_namespaces: String,
 }
 
 /// What the vCPU probe of the vm shim says (`probe`, JSON).
@@ -98,6 +108,7 @@ impl Handlers {
                     shim: shim_of(kind, &entry),
                     binary: find_program(&program),
                     root: dirs.runtime_root(&name),
+                    snapshots: dirs.snapshots(),
                     kind,
                     config: entry,
                     features: OnceCell::new(),
@@ -169,7 +180,7 @@ impl Handlers {
 
     async fn probe(&self) -> Result<Verdict, String> {
         let shim = self.vm_shim.clone()?;
-        let answer = ask(&shim, &["probe"]).await?;
+        let answer = ask(&shim, &["probe".as_ref()]).await?;
         serde_json::from_slice(&answer).map_err(|e| format!("the probe's answer is not JSON: {e}"))
     }
 
@@ -228,33 +239,64 @@ impl Handler {
     /// What its OCI runtime can do, by `<runtime> features`, asked once. A runtime without that subcommand, and
     /// one that cannot be run, can do nothing beyond the basics.
     pub async fn features(&self) -> RuntimeFeatures {
+        self.all_features().await.runtime
+    }
+
+    /// Why [`Self::features`] has no user namespaces; empty where it has.
+    pub async fn no_user_namespaces(&self) -> &str {
+        &self.all_features().await.no_user_namespaces
+    }
+
+    async fn all_features(&self) -> &Features {
+        self.features.get_or_init(|| self.find_features()).await
+    }
+
+    async fn find_features(&self) -> Features {
+        let without = |reason: String| Features {
+            no_user_namespaces: reason,
+            ..Features::default()
+        };
         if self.kind == HandlerType::Vm {
-            return RuntimeFeatures::default();
+            return without("its pods are virtual machines, whose root is not the node's anyway".to_owned());
         }
-        *self
-            .features
-            .get_or_init(|| async {
-                let Ok(binary) = &self.binary else {
-                    return RuntimeFeatures::default();
-                };
-                match ask(binary, &["features"]).await {
-                    Ok(json) => RuntimeFeatures {
-                        // The runtime may be able to; the images' layers are not id-mapped yet, and a container
-                        // could not use its root file system.
-                        user_namespaces: false,
-                        ..RuntimeFeatures::from_features_json(&json).unwrap_or_default()
-                    },
-                    Err(problem) => {
-                        tracing::debug!(
-                            handler = self.name,
-                            problem,
-                            "the runtime has no features command"
-                        );
-                        RuntimeFeatures::default()
-                    }
-                }
-            })
+        let binary = match &self.binary {
+            Ok(binary) => binary,
+            Err(problem) => return without(problem.clone()),
+        };
+        let mut runtime = match ask(binary, &["features".as_ref()]).await {
+            Ok(json) => RuntimeFeatures::from_features_json(&json).unwrap_or_default(),
+            Err(problem) => {
+                tracing::debug!(
+                    handler = self.name,
+                    problem,
+                    "the runtime has no features command"
+                );
+                RuntimeFeatures::default()
+            }
+        };
+        let mut no_user_namespaces = String::new();
+        if !runtime.user_namespaces {
+            no_user_namespaces = format!(
+                "{} does not say that it has id-mapped mounts (runc has them from 1.2 on)",
+                binary.display()
+            );
+        } else if let Err(problem) = self.id_mapped_layers().await {
+            tracing::info!(handler = self.name, problem, "no user namespaces");
+            runtime.user_namespaces = false;
+            no_user_namespaces = format!("the images' layers cannot be id-mapped: {problem}");
+        }
+        Features {
+            runtime,
+            no_user_namespaces,
+        }
+    }
+
+    /// Whether the kernel takes id-mapped layers where ours are. A process of one thread has to try it.
+    async fn id_mapped_layers(&self) -> Result<(), String> {
+        let shim = self.shim.as_ref().map_err(Clone::clone)?;
+        ask(shim, &["idmap-probe".as_ref(), self.snapshots.as_os_str()])
             .await
+            .map(drop)
     }
 }
 
@@ -280,13 +322,14 @@ fn find_program(program: &Path) -> Result<PathBuf, String> {
 }
 
 /// Runs a short command and gives its standard output.
-async fn ask(program: &Path, args: &[&str]) -> Result<Vec<u8>, String> {
+async fn ask(program: &Path, args: &[&OsStr]) -> Result<Vec<u8>, String> {
     let run = Command::new(program)
         .args(args)
         .stdin(Stdio::null())
         .kill_on_drop(true)
         .output();
-    let what = format!("{} {}", program.display(), args.join(" "));
+    let words: Vec<_> = args.iter().map(|word| word.to_string_lossy()).collect();
+    let what = format!("{} {}", program.display(), words.join(" "));
     let output = tokio::time::timeout(ASK_LIMIT, run)
         .await
         .map_err(|_| format!("{what} did not answer within {} s", ASK_LIMIT.as_secs()))?

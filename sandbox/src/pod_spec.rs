@@ -46,7 +46,8 @@ pub struct PodSpec {
 /// CRI NamespaceOption, resolved.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PodNamespaces {
-    /// Path of the pinned network namespace; `None`: the host's.
+    /// Path of the pinned network namespace; `None`: the host's. With a user namespace the shim makes and pins
+    /// it there, as the user namespace has to own it; otherwise it exists.
     pub network: Option<PathBuf>,
     /// The host's IPC namespace.
     pub host_ipc: bool,
@@ -75,6 +76,18 @@ pub struct UserNamespace {
     pub uids: Vec<IdMapping>,
     /// gid mappings.
     pub gids: Vec<IdMapping>,
+}
+
+impl UserNamespace {
+    /// The host's uid and gid of the namespace's root; 0 where a mapping has no root.
+    #[must_use]
+    pub fn root(&self) -> (u32, u32) {
+        let of = |ranges: &[IdMapping]| {
+            let range = ranges.iter().find(|range| range.container_id == 0);
+            range.map_or(0, |range| range.host_id)
+        };
+        (of(&self.uids), of(&self.gids))
+    }
 }
 
 /// One range of ids, see user_namespaces(7).

@@ -2,12 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use catamaran_cri_api::v1::{NamespaceMode, NamespaceOption};
+use catamaran_cri_api::v1::{IdMapping, NamespaceMode, NamespaceOption, UserNamespace as CriUserNamespace};
 use oci_spec::runtime::{LinuxIdMapping, LinuxNamespace, LinuxNamespaceType};
 
 use crate::error::{Result, SpecError};
 use crate::host::{CgroupVersion, HostFeatures};
-use crate::input::{ContainerInput, PidNamespace, Target};
+use crate::input::{ContainerInput, PidNamespace, Target, UserNamespace};
 
 const FIELD: &str = "linux.security_context.namespace_options";
 
@@ -65,6 +65,12 @@ pub(crate) fn namespaces(input: &ContainerInput<'_>, kernel: &HostFeatures) -> R
                             "the handler's runtime has no id-mapped mounts, which user namespaces need";
                         return Err(SpecError::precondition(format!("{FIELD}.userns_options"), reason));
                     }
+                    if let Some(own) = &options.userns_options
+                        && !same(own, user)
+                    {
+                        let reason = "differs from the pod's; all containers of a pod are in its user namespace";
+                        return Err(SpecError::invalid(format!("{FIELD}.userns_options"), reason));
+                    }
                     all.list
                         .push(entry(LinuxNamespaceType::User, Some(user.path.clone())));
                     all.uids = Some(user.uids.clone());
@@ -92,6 +98,16 @@ pub(crate) fn namespaces(input: &ContainerInput<'_>, kernel: &HostFeatures) -> R
         }
     }
     Ok(all)
+}
+
+/// Whether a container asks for what its pod has.
+fn same(own: &CriUserNamespace, pod: &UserNamespace) -> bool {
+    let alike = |own: &[IdMapping], pod: &[LinuxIdMapping]| {
+        let ids = |m: &IdMapping| (m.container_id, m.host_id, m.length);
+        let oci = |m: &LinuxIdMapping| (m.container_id(), m.host_id(), m.size());
+        own.iter().map(ids).eq(pod.iter().map(oci))
+    };
+    own.mode() == NamespaceMode::Pod && alike(&own.uids, &pod.uids) && alike(&own.gids, &pod.gids)
 }
 
 /// What a pod with its own kernel cannot have.

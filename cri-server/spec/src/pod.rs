@@ -143,6 +143,11 @@ fn user_namespace(user: &UserNamespace, options: &NamespaceOption, runtime: &Run
                 let reason = "a pod with a user namespace cannot be in the node's PID or IPC namespace";
                 return Err(SpecError::invalid(field, reason));
             }
+            if options.network() == NamespaceMode::Node {
+                let reason = "a pod in the node's network cannot have a user namespace \
+                              (see Status, features.user_namespaces_host_network)";
+                return Err(SpecError::invalid(field, reason));
+            }
             if !runtime.user_namespaces {
                 let reason = "the handler offers no user namespaces (see Status, runtime_handlers)";
                 return Err(SpecError::precondition(field, reason));
@@ -402,14 +407,18 @@ mod tests {
             o.userns_options = Some(good());
             o.pid = NODE;
         });
+        let with_network = pod(|_, _, o| {
+            o.userns_options = Some(good());
+            o.network = NODE;
+        });
         let able = RuntimeFeatures {
             user_namespaces: true,
             ..Default::default()
         };
-        assert_eq!(
-            validate_pod(&with_pid, Side::Host, &able).map_err(|e| e.kind),
-            Err(InvalidArgument)
-        );
+        for pod in [with_pid, with_network] {
+            let refused = validate_pod(&pod, Side::Host, &able).map_err(|e| e.kind);
+            assert_eq!(refused, Err(InvalidArgument));
+        }
         let plain = pod(|_, _, o| o.userns_options = Some(good()));
         let unable = validate_pod(&plain, Side::Host, &RuntimeFeatures::default());
         assert_eq!(unable.map_err(|e| e.kind), Err(FailedPrecondition));

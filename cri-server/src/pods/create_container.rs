@@ -275,7 +275,13 @@ fn host_namespaces(pod: &PodView, options: &NamespaceOption) -> Result<HostNames
             uids: mappings(&user.uids)?,
             gids: mappings(&user.gids)?,
         }),
-        _ => None,
+        (Some(_), None) => {
+            return Err(Error::Internal(format!(
+                "pod sandbox {} was asked for with a user namespace, and its shim has none",
+                pod.pod.id
+            )));
+        }
+        (None, _) => None,
     };
     Ok(HostNamespaces {
         network: pod.pod.netns().cloned(),

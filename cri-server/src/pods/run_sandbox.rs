@@ -11,6 +11,7 @@ use catamaran_sandbox::id::Id;
 use catamaran_sandbox::pod_spec::{
     IdMapping, POD_SPEC_VERSION, PidNamespace, PodNamespaces, PodSpec, RuntimeSpec, UserNamespace,
 };
+use catamaran_spec::RuntimeFeatures;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -55,7 +56,21 @@ pub(super) struct Failed {
 pub(super) async fn plan(node: &Node, config: PodSandboxConfig, handler: &str) -> Result<PodRecord> {
     let handler = node.handlers.resolve(handler)?;
     verify_metadata(&config)?;
-    catamaran_spec::validate_pod(&config, handler.side(), &handler.features().await)?;
+    let features = handler.features().await;
+    // Whether the request makes sense comes first, then whether this node can do it, with the reason.
+    let able = RuntimeFeatures {
+        user_namespaces: true,
+        ..features
+    };
+    catamaran_spec::validate_pod(&config, handler.side(), &able)?;
+    if wants_user_namespace(&config) && !features.user_namespaces {
+        return Err(Error::FailedPrecondition(format!(
+            "config.linux.security_context.namespace_options.userns_options: runtime handler {} has no user \
+             namespaces: {}",
+            handler.name,
+            handler.no_user_namespaces().await
+        )));
+    }
     network::port_mappings(&config)?;
     network::bandwidth(&config)?;
     handler.shim()?;
@@ -176,6 +191,16 @@ fn pod_spec(
     })
 }
 
+fn wants_user_namespace(config: &PodSandboxConfig) -> bool {
+    let security = config
+        .linux
+        .as_ref()
+        .and_then(|linux| linux.security_context.as_ref());
+    security
+        .and_then(|security| security.namespace_options.as_ref())
+        .is_some_and(|options| user_namespace(options).is_some())
+}
+
 fn user_namespace(options: &NamespaceOption) -> Option<UserNamespace> {
     let user = options
         .userns_options
@@ -250,13 +275,19 @@ async fn begin(
         })
         .await?;
     }
-    // The shim starts while the namespace is made, and makes the sandbox while CNI configures it.
+    // The shim starts while the namespace is made, and makes the sandbox while CNI configures it. In a pod with a
+    // user namespace the shim makes the network namespace too, so that the user namespace owns it; CNI comes after.
+    let by_shim = pod.spec.namespaces.user.is_some();
     let (netns_made, netns_ready) = oneshot::channel::<()>();
+    let (sandbox_made, sandbox_ready) = oneshot::channel::<()>();
     let sandbox = async {
         let shim = teardown::launch(node, pod)?.start().await?;
-        // An error on the other side ends this one too.
-        let _ = netns_ready.await;
+        if !by_shim {
+            // An error on the other side ends this one too.
+            let _ = netns_ready.await;
+        }
         shim.create_sandbox(&bundle, &pod.spec).await?;
+        let _ = sandbox_made.send(());
         Ok::<Shim, Error>(shim)
     };
     let network = async {
@@ -264,7 +295,15 @@ async fn begin(
             let _ = netns_made.send(());
             return Ok(Vec::new());
         }
-        let netns = node.network.create_netns(pod.id.as_str()).await?;
+        let netns = match (by_shim, pod.netns()) {
+            (true, Some(netns)) => {
+                if sandbox_ready.await.is_err() {
+                    return Err(Error::Aborted("the pod's namespaces were not made".to_owned()));
+                }
+                netns.clone()
+            }
+            _ => node.network.create_netns(pod.id.as_str()).await?,
+        };
         let _ = netns_made.send(());
         attaching.begin(node, network::pod_network(pod, netns)?).await
     };

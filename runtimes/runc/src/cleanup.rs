@@ -106,7 +106,7 @@ fn delete_container(runtime: Option<&RuntimeSpec>, id: &str, bundle: &Path) -> R
         process::kill_cgroup(&cgroup);
         remove_cgroup(&cgroup)?;
     }
-    mounts::unmount_all(&bundle.join("rootfs"))?;
+    mounts::unmount_rootfs(&bundle.join("rootfs"))?;
     let gone = !bundle.exists();
     if !gone && ExitRecord::read(bundle)?.is_none() {
         let exited_at_ns = crate::reaper::now_ns();

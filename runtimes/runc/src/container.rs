@@ -1,6 +1,7 @@
 //! A container by an OCI runtime: made, started, signalled, removed; its execs.
 
 use std::ffi::{OsStr, OsString};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -29,6 +30,8 @@ pub(crate) struct Shared {
     pub(crate) context: Context,
     pub(crate) runtime: OciRuntime,
     pub(crate) reaper: Arc<Reaper>,
+    /// The pod's user namespace, through whose mappings layers are mounted.
+    pub(crate) user: Option<OwnedFd>,
 }
 
 /// See the module.
@@ -141,7 +144,8 @@ impl OciContainer {
         request: &CreateContainer,
     ) -> Result<(Arc<dyn ContainerBackend>, Process), ShimError> {
         let bundle = &request.bundle;
-        mounts::mount_rootfs(&request.rootfs, &bundle.join("rootfs"))
+        let user = shared.user.as_ref().map(AsFd::as_fd);
+        mounts::mount_rootfs(&request.rootfs, &bundle.join("rootfs"), user)
             .map_err(|error| ShimError::internal("make the root file system", &error))?;
         let console = shared
             .context
@@ -250,7 +254,7 @@ async fn remove(shared: &Shared, id: &str, bundle: &Path) -> Result<(), ShimErro
         .runtime
         .run(bundle, ["delete", "--force", id], CommandStdio::default())
         .await?;
-    mounts::unmount_all(&bundle.join("rootfs"))
+    mounts::unmount_rootfs(&bundle.join("rootfs"))
         .map_err(|error| ShimError::internal("remove the root file system", &error))?;
     cleanup::forget(&shared.context.bundle, id).map_err(failed("forget the container", bundle))
 }

@@ -8,6 +8,7 @@ mod cgroup;
 mod cleanup;
 mod console;
 mod container;
+mod idmap;
 mod mounts;
 mod namespaces;
 mod oci_runtime;
@@ -27,7 +28,22 @@ use catamaran_sandbox::shim_server;
 /// Name of the executable, as containerd derives it from `io.containerd.catamaran-runc.v2`.
 const NAME: &str = "containerd-shim-catamaran-runc-v2";
 
+/// `idmap-probe DIRECTORY`: can layers in there be id-mapped for user namespaces? 0, or 1 and why not on stderr.
+const IDMAP_PROBE: &str = "idmap-probe";
+
 fn main() -> ExitCode {
+    let words: Vec<_> = std::env::args_os().skip(1).take(3).collect();
+    if let [command, directory] = words.as_slice()
+        && command == IDMAP_PROBE
+    {
+        return match idmap::probe(directory.as_ref()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("{error}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     bootstrap::run(NAME, env!("CARGO_PKG_VERSION"), serve, cleanup::delete)
 }
 

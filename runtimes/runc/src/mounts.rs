@@ -1,10 +1,13 @@
 //! Mounts that the shim makes: containers' root file systems and the pod's `/dev/shm`.
 
+use std::os::fd::BorrowedFd;
 use std::path::{Component, Path, PathBuf};
 
 use catamaran_sandbox::shim_server::backend::RootfsMount;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use crate::idmap;
 
 /// Bytes of mount data that mount(2) takes: a page, with its end.
 const MAX_DATA: usize = 4095;
@@ -21,20 +24,33 @@ pub(crate) enum MountError {
         target: PathBuf,
         source: Errno,
     },
+    #[error("a root file system of type {fs_type} cannot be id-mapped for a user namespace: {reason}")]
+    NotMappable { fs_type: String, reason: String },
+    #[error("mount layer {} through the pod's id mappings: {source}", layer.display())]
+    IdMap { layer: PathBuf, source: std::io::Error },
     #[error("unmount {}", path.display())]
     Unmount { path: PathBuf, source: Errno },
     #[error("prepare mount point {}", path.display())]
     Point { path: PathBuf, source: std::io::Error },
 }
 
-/// Mounts a root file system at `rootfs`, which is made. What was mounted is undone on failure.
-pub(crate) fn mount_rootfs(mounts: &[RootfsMount], rootfs: &Path) -> Result<(), MountError> {
+/// Mounts a root file system at `rootfs`, which is made; id-mapped where the pod has a user namespace. What was
+/// mounted is undone on failure.
+pub(crate) fn mount_rootfs(
+    mounts: &[RootfsMount],
+    rootfs: &Path,
+    user: Option<BorrowedFd<'_>>,
+) -> Result<(), MountError> {
     std::fs::create_dir_all(rootfs).map_err(|source| MountError::Point {
         path: rootfs.to_owned(),
         source,
     })?;
     for one in mounts {
-        if let Err(error) = mount_one(one, rootfs) {
+        let mounted = match user {
+            Some(user) => mount_mapped(one, rootfs, user),
+            None => mount_one(one, rootfs),
+        };
+        if let Err(error) = mounted {
             if let Err(undo) = unmount_all(rootfs) {
                 tracing::warn!(error = %undo, "undoing rootfs mounts");
             }
@@ -42,6 +58,20 @@ pub(crate) fn mount_rootfs(mounts: &[RootfsMount], rootfs: &Path) -> Result<(), 
         }
     }
     Ok(())
+}
+
+fn mount_mapped(one: &RootfsMount, rootfs: &Path, user: BorrowedFd<'_>) -> Result<(), MountError> {
+    let points = idmap::points_of(rootfs);
+    let mounted = idmap::map_layers(one, user, &points).and_then(|one| mount_one(&one, rootfs));
+    // The overlay has its own copies of the layers' mounts.
+    let cleared = idmap::clear(&points);
+    mounted.and(cleared)
+}
+
+/// Takes a root file system away, and what a crash left of its making. Idempotent.
+pub(crate) fn unmount_rootfs(rootfs: &Path) -> Result<(), MountError> {
+    unmount_all(rootfs)?;
+    idmap::clear(&idmap::points_of(rootfs))
 }
 
 fn mount_one(one: &RootfsMount, rootfs: &Path) -> Result<(), MountError> {
@@ -207,8 +237,9 @@ fn propagation(option: &str) -> Option<MsFlags> {
     })
 }
 
-/// The pod's shared memory: a tmpfs of its own, or the host's where the pod is in the host's IPC namespace.
-pub(crate) fn mount_shm(path: &Path, bytes: u64, host: bool) -> Result<(), MountError> {
+/// The pod's shared memory: a tmpfs of its own, whose root belongs to `owner` (uid and gid), or the host's where
+/// the pod is in the host's IPC namespace.
+pub(crate) fn mount_shm(path: &Path, bytes: u64, host: bool, owner: (u32, u32)) -> Result<(), MountError> {
     std::fs::create_dir_all(path).map_err(|source| MountError::Point {
         path: path.to_owned(),
         source,
@@ -223,7 +254,7 @@ pub(crate) fn mount_shm(path: &Path, bytes: u64, host: bool) -> Result<(), Mount
             None::<&str>,
         )
     } else {
-        let data = format!("mode=1777,size={bytes}");
+        let data = format!("mode=1777,size={bytes},uid={},gid={}", owner.0, owner.1);
         mount(Some("shm"), path, Some("tmpfs"), safe, Some(data.as_str()))
     };
     result.map_err(|source| MountError::Mount {
@@ -288,7 +319,7 @@ mod tests {
         };
         assert!(one.options[0].len() > MAX_DATA);
         let rootfs = directory.path().join("rootfs");
-        mount_rootfs(&[one], &rootfs).unwrap();
+        mount_rootfs(&[one], &rootfs, None).unwrap();
         let files = std::fs::read_dir(&rootfs).unwrap().count();
         unmount_all(&rootfs).unwrap();
         unmount_all(&rootfs).unwrap();
@@ -305,7 +336,7 @@ mod tests {
             options: Vec::new(),
         };
         let directory = tempfile::tempdir().unwrap();
-        let refused = mount_rootfs(&[mount("../out")], &directory.path().join("rootfs"));
+        let refused = mount_rootfs(&[mount("../out")], &directory.path().join("rootfs"), None);
         assert!(matches!(refused, Err(MountError::Target(_))));
     }
 }

@@ -11,11 +11,13 @@ use std::sync::Arc;
 
 use catamaran_sandbox::pod_spec::{IdMapping, PidNamespace, PodSpec};
 use nix::fcntl::OFlag;
+use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, kill, signal, sigprocmask};
 use nix::unistd::{Gid, Pid, Uid, pipe2, setgroups, setresgid, setresuid};
 use tokio::sync::oneshot;
 
+use crate::mounts;
 use crate::reaper::{Exit, Reaper};
 use crate::sysctl::{self, Scope, SysctlError};
 
@@ -62,20 +64,18 @@ impl PinnedNamespaces {
         reaper: &Arc<Reaper>,
     ) -> Result<(Self, Option<oneshot::Receiver<Exit>>), NamespaceError> {
         let (network_sysctls, ipc_sysctls) = sort_sysctls(spec)?;
-        if let Some(network) = &spec.namespaces.network
-            && !network_sysctls.is_empty()
-        {
-            let files = network_sysctls;
-            in_network_namespace(network, move || {
-                files.iter().try_for_each(|(path, value)| write(path, value))
-            })?;
+        let user = spec.namespaces.user.is_some();
+        if !user {
+            set_up_network(spec, network_sysctls.clone(), false)?;
         }
         let stays = spec.namespaces.pid == PidNamespace::Pod;
         let mut flags = CloneFlags::empty();
         flags.set(CloneFlags::CLONE_NEWIPC, !spec.namespaces.host_ipc);
         flags.set(CloneFlags::CLONE_NEWUTS, !spec.hostname.is_empty());
         flags.set(CloneFlags::CLONE_NEWPID, stays);
-        flags.set(CloneFlags::CLONE_NEWUSER, spec.namespaces.user.is_some());
+        flags.set(CloneFlags::CLONE_NEWUSER, user);
+        // In a user namespace its own network is made: one that the node's owns would be closed to its root.
+        flags.set(CloneFlags::CLONE_NEWNET, user && spec.namespaces.network.is_some());
         let mut pinned = Self {
             ipc: None,
             uts: None,
@@ -94,7 +94,13 @@ impl PinnedNamespaces {
         };
         let _expected = reaper.expect();
         let mut child = Child::spawn(&plan)?;
-        if let Err(error) = pinned.adopt(&mut child, spec, flags) {
+        let adopted = pinned.adopt(&mut child, spec, flags).and_then(|()| {
+            if user {
+                set_up_network(spec, network_sysctls, true)?;
+            }
+            Ok(())
+        });
+        if let Err(error) = adopted {
             child.kill();
             return Err(error);
         }
@@ -131,6 +137,11 @@ impl PinnedNamespaces {
         self.uts = open(CloneFlags::CLONE_NEWUTS, "uts")?;
         self.user = open(CloneFlags::CLONE_NEWUSER, "user")?;
         self.pid = open(CloneFlags::CLONE_NEWPID, "pid")?;
+        if let Some(network) = &spec.namespaces.network
+            && flags.contains(CloneFlags::CLONE_NEWNET)
+        {
+            pin(&proc.join("ns/net"), network)?;
+        }
         Ok(())
     }
 
@@ -148,6 +159,73 @@ impl PinnedNamespaces {
             tracing::debug!(%error, "the pod's init");
         }
     }
+}
+
+/// Mounts a namespace on a file, which is made. The pin is the daemon's to remove, as every pod's is.
+fn pin(namespace: &Path, path: &Path) -> Result<(), NamespaceError> {
+    let what = || format!("pin the network namespace at {}", path.display());
+    std::fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+        .map_err(io(what()))?;
+    // A first attempt may have failed after this.
+    mounts::unmount_all(path).map_err(|error| io(what())(std::io::Error::other(error)))?;
+    let bind = MsFlags::MS_BIND;
+    mount(Some(namespace), path, None::<&str>, bind, None::<&str>).map_err(|errno| io(what())(errno.into()))
+}
+
+/// The pod's network sysctls, and where nobody else has made the namespace its loopback.
+fn set_up_network(spec: &PodSpec, sysctls: Files, loopback: bool) -> Result<(), NamespaceError> {
+    let Some(network) = &spec.namespaces.network else {
+        return Ok(());
+    };
+    if !loopback && sysctls.is_empty() {
+        return Ok(());
+    }
+    in_network_namespace(network, move || {
+        if loopback {
+            raise_loopback()?;
+        }
+        sysctls.iter().try_for_each(|(path, value)| write(path, value))
+    })
+}
+
+/// netdevice(7), in the thread's network namespace.
+fn raise_loopback() -> std::io::Result<()> {
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+    // SAFETY: all zeroes is a valid value of this plain structure.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (place, byte) in request.ifr_name.iter_mut().zip(b"lo") {
+        *place = byte.cast_signed();
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    // SAFETY: the request lives longer than the call and has the size that the command takes.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) } == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::last_os_error())
+    }
+}
+
+/// A user namespace with these mappings, which lives as long as its descriptor. For a process with one thread.
+pub(crate) fn new_user_namespace(uids: &[IdMapping], gids: &[IdMapping]) -> Result<OwnedFd, NamespaceError> {
+    let plan = Plan {
+        flags: CloneFlags::CLONE_NEWUSER,
+        hostname: String::new(),
+        ipc_sysctls: Vec::new(),
+        stays: false,
+    };
+    let child = Child::spawn(&plan)?;
+    let proc = PathBuf::from(format!("/proc/{}", child.pid));
+    let opened = write_map(&proc.join("uid_map"), uids)
+        .and_then(|()| write_map(&proc.join("gid_map"), gids))
+        .and_then(|()| File::open(proc.join("ns/user")).map_err(io("open the new user namespace")));
+    child.kill();
+    // The shim's reaper may have been quicker.
+    let _ = nix::sys::wait::waitpid(child.pid, None);
+    Ok(opened?.into())
 }
 
 /// By which others join a namespace that this process holds. The dot keeps runc from 1.2 on from taking a path

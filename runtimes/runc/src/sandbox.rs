@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use catamaran_sandbox::bootstrap::Context;
-use catamaran_sandbox::pod_spec::{RuntimeSpec, info};
+use catamaran_sandbox::pod_spec::{RuntimeSpec, UserNamespace, info};
 use catamaran_sandbox::shim_server::ShimError;
 use catamaran_sandbox::shim_server::backend::{
     ContainerBackend, CreateContainer, CreateSandbox, Duplex, Process, SandboxBackend,
@@ -71,9 +71,11 @@ impl SandboxBackend for NamespaceSandbox {
         cleanup::remember_runtime(&self.context.bundle, &request.spec.runtime)
             .map_err(|error| ShimError::internal("note the runtime", &error))?;
         let shm = request.bundle.join("shm");
+        let namespaces = &request.spec.namespaces;
+        let owner = namespaces.user.as_ref().map_or((0, 0), UserNamespace::root);
         // A first attempt may have failed after this.
         mounts::unmount_all(&shm)
-            .and_then(|()| mounts::mount_shm(&shm, request.spec.shm_bytes, request.spec.namespaces.host_ipc))
+            .and_then(|()| mounts::mount_shm(&shm, request.spec.shm_bytes, namespaces.host_ipc, owner))
             .map_err(|error| ShimError::internal("make /dev/shm", &error))?;
         let made = PinnedNamespaces::create(&request.spec, &self.reaper).map_err(|error| match error {
             NamespaceError::Sysctl(_) | NamespaceError::HostSysctl(_) => {
@@ -98,11 +100,14 @@ impl SandboxBackend for NamespaceSandbox {
                 ended.notify_one();
             });
         }
+        let user = namespaces.user.as_ref().map(OwnedFd::try_clone).transpose();
+        let user = user.map_err(|error| ShimError::internal("keep the pod's user namespace", &error))?;
         let runtime = OciRuntime::new(binary.clone(), args.clone(), root.clone(), self.reaper.clone());
         let shared = Arc::new(Shared {
             context: self.context.clone(),
             runtime,
             reaper: self.reaper.clone(),
+            user,
         });
         *self.made() = Some(Made {
             namespaces,
