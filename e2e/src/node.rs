@@ -79,6 +79,9 @@ impl Node {
     /// Something is not installed or not built, or the daemon does not come up; its log is in the message.
     pub fn start(flavour: Flavour, options: Options) -> Result<Self> {
         let base = tempfile::Builder::new().prefix("cte-").tempdir_in("/tmp")?;
+        // As /run and /var/lib are: the root of a pod's user namespace is nobody here and must find its files.
+        let searchable = std::os::unix::fs::PermissionsExt::from_mode(0o711);
+        std::fs::set_permissions(base.path(), searchable)?;
         let mut layout = Layout::create(base.path())?;
         let subnet = Subnet::claim()?;
         leaks::remove_rules(&subnet)?;

@@ -68,7 +68,8 @@ pub(crate) fn namespaces(input: &ContainerInput<'_>, kernel: &HostFeatures) -> R
                     if let Some(own) = &options.userns_options
                         && !same(own, user)
                     {
-                        let reason = "differs from the pod's; all containers of a pod are in its user namespace";
+                        let reason =
+                            "differs from the pod's; all containers of a pod are in its user namespace";
                         return Err(SpecError::invalid(format!("{FIELD}.userns_options"), reason));
                     }
                     all.list

@@ -185,6 +185,8 @@ fn try_in(scratch: &Path) -> Result<(), ProbeError> {
             format!("lowerdir={}", lower.display()),
             format!("upperdir={}", upper.display()),
             format!("workdir={}", work.display()),
+            // Its unmount does not wait for the node's disk.
+            "volatile".to_owned(),
         ],
     };
     mounts::mount_rootfs(&[overlay], &rootfs, Some(user.as_fd()))?;
@@ -193,7 +195,12 @@ fn try_in(scratch: &Path) -> Result<(), ProbeError> {
     for owner in owners {
         match owner? {
             MAPPED => {}
-            found => return Err(ProbeError::Owner { found, wanted: MAPPED }),
+            found => {
+                return Err(ProbeError::Owner {
+                    found,
+                    wanted: MAPPED,
+                });
+            }
         }
     }
     Ok(())
@@ -254,7 +261,10 @@ mod tests {
         std::fs::write(rootfs.join("bottom"), "changed").unwrap();
         let copied = owner(base.path().join("upper/bottom"));
         mounts::unmount_all(&rootfs).unwrap();
-        assert_eq!(inside, [(100_000, 300_000), (100_000, 300_000), (100_007, 300_008)]);
+        assert_eq!(
+            inside,
+            [(100_000, 300_000), (100_000, 300_000), (100_007, 300_008)]
+        );
         assert_eq!(copied, (100_007, 300_008));
         assert_eq!(owner(base.path().join("bottom/bottom")), (7, 8));
         assert!(!points, "the layers' own mounts go when the overlay is mounted");

@@ -75,7 +75,10 @@ impl PinnedNamespaces {
         flags.set(CloneFlags::CLONE_NEWPID, stays);
         flags.set(CloneFlags::CLONE_NEWUSER, user);
         // In a user namespace its own network is made: one that the node's owns would be closed to its root.
-        flags.set(CloneFlags::CLONE_NEWNET, user && spec.namespaces.network.is_some());
+        flags.set(
+            CloneFlags::CLONE_NEWNET,
+            user && spec.namespaces.network.is_some(),
+        );
         let mut pinned = Self {
             ipc: None,
             uts: None,
