@@ -51,8 +51,8 @@ pub(crate) struct PinnedNamespaces {
 struct Plan {
     flags: CloneFlags,
     hostname: String,
-    /// Written by the child, in the new IPC namespace.
-    ipc_sysctls: Vec<(PathBuf, String)>,
+    /// Written by the child, in the new IPC namespace, and in the new network namespace if there is one.
+    sysctls: Vec<(PathBuf, String)>,
     stays: bool,
 }
 
@@ -63,10 +63,19 @@ impl PinnedNamespaces {
         spec: &PodSpec,
         reaper: &Arc<Reaper>,
     ) -> Result<(Self, Option<oneshot::Receiver<Exit>>), NamespaceError> {
-        let (network_sysctls, ipc_sysctls) = sort_sysctls(spec)?;
+        let (network_sysctls, mut sysctls) = sort_sysctls(spec)?;
         let user = spec.namespaces.user.is_some();
-        if !user {
-            set_up_network(spec, network_sysctls.clone(), false)?;
+        if user {
+            // By the pod's root: ids in them (ping_group_range) are read in the writer's user namespace.
+            sysctls.extend(network_sysctls);
+        } else if let Some(network) = &spec.namespaces.network
+            && !network_sysctls.is_empty()
+        {
+            in_network_namespace(network, move || {
+                network_sysctls
+                    .iter()
+                    .try_for_each(|(path, value)| write(path, value))
+            })?;
         }
         let stays = spec.namespaces.pid == PidNamespace::Pod;
         let mut flags = CloneFlags::empty();
@@ -92,17 +101,12 @@ impl PinnedNamespaces {
         let plan = Plan {
             flags,
             hostname: spec.hostname.clone(),
-            ipc_sysctls,
+            sysctls,
             stays,
         };
         let _expected = reaper.expect();
         let mut child = Child::spawn(&plan)?;
-        let adopted = pinned.adopt(&mut child, spec, flags).and_then(|()| {
-            if user {
-                set_up_network(spec, network_sysctls, true)?;
-            }
-            Ok(())
-        });
+        let adopted = pinned.adopt(&mut child, spec, flags);
         if let Err(error) = adopted {
             child.kill();
             return Err(error);
@@ -144,6 +148,7 @@ impl PinnedNamespaces {
             && flags.contains(CloneFlags::CLONE_NEWNET)
         {
             pin(&proc.join("ns/net"), network)?;
+            in_network_namespace(network, raise_loopback)?;
         }
         Ok(())
     }
@@ -179,22 +184,6 @@ fn pin(namespace: &Path, path: &Path) -> Result<(), NamespaceError> {
     mount(Some(namespace), path, None::<&str>, bind, None::<&str>).map_err(|errno| io(what())(errno.into()))
 }
 
-/// The pod's network sysctls, and where nobody else has made the namespace its loopback.
-fn set_up_network(spec: &PodSpec, sysctls: Files, loopback: bool) -> Result<(), NamespaceError> {
-    let Some(network) = &spec.namespaces.network else {
-        return Ok(());
-    };
-    if !loopback && sysctls.is_empty() {
-        return Ok(());
-    }
-    in_network_namespace(network, move || {
-        if loopback {
-            raise_loopback()?;
-        }
-        sysctls.iter().try_for_each(|(path, value)| write(path, value))
-    })
-}
-
 /// netdevice(7), in the thread's network namespace.
 fn raise_loopback() -> std::io::Result<()> {
     let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
@@ -217,7 +206,7 @@ pub(crate) fn new_user_namespace(uids: &[IdMapping], gids: &[IdMapping]) -> Resu
     let plan = Plan {
         flags: CloneFlags::CLONE_NEWUSER,
         hostname: String::new(),
-        ipc_sysctls: Vec::new(),
+        sysctls: Vec::new(),
         stays: false,
     };
     let child = Child::spawn(&plan)?;
@@ -413,7 +402,7 @@ fn set_up(plan: &Plan) -> std::io::Result<()> {
     if plan.flags.contains(CloneFlags::CLONE_NEWUTS) {
         nix::unistd::sethostname(&plan.hostname)?;
     }
-    plan.ipc_sysctls
+    plan.sysctls
         .iter()
         .try_for_each(|(path, value)| write(path, value))
 }
