@@ -45,6 +45,8 @@ pub struct Config {
     pub cdi_spec_dirs: Vec<PathBuf>,
     /// The daemon's own metrics.
     pub metrics: MetricsSection,
+    /// Plugins that are told of pods and containers and may adjust them.
+    pub nri: NriSection,
 }
 
 /// CRI CgroupDriver.
@@ -149,6 +151,41 @@ pub struct MetricsSection {
     pub address: Option<std::net::SocketAddr>,
 }
 
+/// The Node Resource Interface.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NriSection {
+    /// No plugin is launched or served.
+    pub disabled: bool,
+    /// The socket that plugins connect to; by default `/var/run/nri/nri.sock`, where plugins look for it, and
+    /// `nri.sock` in `state` where that is not the default one.
+    pub socket_path: Option<PathBuf>,
+    /// Directory of plugins that are launched at start.
+    pub plugin_path: PathBuf,
+    /// Directory of their configurations.
+    pub plugin_config_path: PathBuf,
+    /// Only launched plugins are served.
+    pub disable_connections: bool,
+    /// Milliseconds that a plugin may take to register.
+    pub plugin_registration_timeout_ms: u64,
+    /// Milliseconds that a plugin may take for one request; one that takes longer is closed.
+    pub plugin_request_timeout_ms: u64,
+}
+
+impl Default for NriSection {
+    fn default() -> Self {
+        Self {
+            disabled: false,
+            socket_path: None,
+            plugin_path: "/opt/nri/plugins".into(),
+            plugin_config_path: "/etc/nri/conf.d".into(),
+            disable_connections: false,
+            plugin_registration_timeout_ms: 5000,
+            plugin_request_timeout_ms: 2000,
+        }
+    }
+}
+
 impl Default for StreamingSection {
     fn default() -> Self {
         Self {
@@ -192,6 +229,7 @@ impl Default for Config {
             streaming: StreamingSection::default(),
             cdi_spec_dirs: vec!["/etc/cdi".into(), "/var/run/cdi".into()],
             metrics: MetricsSection::default(),
+            nri: NriSection::default(),
         }
     }
 }
@@ -299,6 +337,7 @@ impl Config {
             ("root", &self.root),
             ("state", &self.state),
             ("listen", &self.listen()),
+            ("nri.socket_path", &self.nri_socket()),
         ] {
             if !path.is_absolute() {
                 return wrong(key, format!("{} is not an absolute path", path.display()));
@@ -336,6 +375,20 @@ impl Config {
                 "0 would fail every pull; use 1 or more".into(),
             );
         }
+        for (key, millis) in [
+            (
+                "nri.plugin_registration_timeout_ms",
+                self.nri.plugin_registration_timeout_ms,
+            ),
+            (
+                "nri.plugin_request_timeout_ms",
+                self.nri.plugin_request_timeout_ms,
+            ),
+        ] {
+            if millis == 0 {
+                return wrong(key, "0 would fail every plugin; use 1 or more".into());
+            }
+        }
         if self.streaming.tls_certificate.is_some() != self.streaming.tls_key.is_some() {
             return wrong(
                 "streaming.tls_key",
@@ -354,6 +407,18 @@ impl Config {
         self.listen
             .clone()
             .unwrap_or_else(|| self.state.join("catamaran.sock"))
+    }
+
+    /// The socket of NRI plugins.
+    #[must_use]
+    pub fn nri_socket(&self) -> PathBuf {
+        self.nri.socket_path.clone().unwrap_or_else(|| {
+            if self.state == Self::default().state {
+                "/var/run/nri/nri.sock".into()
+            } else {
+                self.state.join("nri.sock")
+            }
+        })
     }
 
     /// Where shims bind their sockets: short, because a socket's path is limited to 107 bytes.

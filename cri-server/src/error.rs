@@ -86,6 +86,9 @@ pub enum Error {
         /// What went wrong.
         problem: String,
     },
+    /// An NRI plugin, or two.
+    #[error(transparent)]
+    Nri(#[from] catamaran_nri::Error),
     /// The shim.
     #[error(transparent)]
     Shim(#[from] ShimError),
@@ -139,7 +142,7 @@ impl Error {
         match self {
             Self::NotFound { .. } => Code::NotFound,
             Self::InvalidArgument { .. } => Code::InvalidArgument,
-            Self::FailedPrecondition(_) => Code::FailedPrecondition,
+            Self::FailedPrecondition(_) | Self::Nri(_) => Code::FailedPrecondition,
             Self::Denied {
                 denial: Denial::NoContainer,
                 ..

@@ -18,6 +18,7 @@ mod favordynmods;
 pub mod handlers;
 mod metrics;
 pub mod node;
+pub mod nri;
 pub mod pods;
 pub mod shim;
 pub mod store;

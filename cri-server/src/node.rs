@@ -34,6 +34,8 @@ pub struct Node {
     pub events: Events,
     /// CPU use of late.
     pub cpu_rates: CpuRates,
+    /// NRI plugins.
+    pub nri: catamaran_nri::Nri,
 }
 
 impl std::fmt::Debug for Node {

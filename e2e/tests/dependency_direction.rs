@@ -14,6 +14,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("catamaran-cgroups", &[]),
     ("catamaran-images", &[]),
     ("catamaran-network", &[]),
+    ("catamaran-nri", &[]),
     ("catamaran-streaming", &[]),
     ("catamaran-spec", &["catamaran-cri-api"]),
     (
@@ -24,6 +25,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "catamaran-cgroups",
             "catamaran-images",
             "catamaran-network",
+            "catamaran-nri",
             "catamaran-streaming",
             "catamaran-spec",
         ],

@@ -41,6 +41,11 @@ const TOOLS: &[Tool] = &[
         ],
     },
     Tool {
+        name: "nri-plugin",
+        module: "nri",
+        build: &["build", "-trimpath", "-ldflags=-s -w", "-o", "OUTPUT", "."],
+    },
+    Tool {
         name: "runc-1.5",
         module: "runc",
         build: &[
@@ -138,7 +143,11 @@ fn busybox() -> Result<(), Failure> {
 /// What a tool is made of: its command and the files that pin every module it is built from.
 fn stamp_of(tool: &Tool, module: &Path) -> Result<String, Failure> {
     let mut text = tool.build.join(" ");
-    for name in ["go.mod", "go.sum", "tools.go"] {
+    for name in ["go.mod", "go.sum", "tools.go", "main.go"] {
+        // A module has the one or the other: tools of others, or its own.
+        if name.ends_with(".go") && !module.join(name).exists() {
+            continue;
+        }
         let file = module.join(name);
         let content = std::fs::read_to_string(&file).map_err(|e| format!("{}: {e}", file.display()))?;
         text.push_str(&format!("\n{name}\n{content}"));

@@ -38,12 +38,22 @@ impl Claims {
             return Err(Error::Conflict {
                 first: owner.plugin.clone(),
                 second: plugin.to_owned(),
-                field: if key.is_empty() { name.to_owned() } else { format!("{name} {key}") },
+                field: if key.is_empty() {
+                    name.to_owned()
+                } else {
+                    format!("{name} {key}")
+                },
                 container: container.to_owned(),
             });
         }
         let plugin = plugin.to_owned();
-        self.owners.insert(at, Owner { plugin, cleared: false });
+        self.owners.insert(
+            at,
+            Owner {
+                plugin,
+                cleared: false,
+            },
+        );
         Ok(())
     }
 

@@ -131,7 +131,11 @@ impl Connection {
         let (sender, answer) = oneshot::channel();
         let stream = self.shared.calls(|calls| {
             // Odd and rising, as the protocol has it for clients.
-            calls.last = if calls.last == 0 { 1 } else { calls.last.wrapping_add(2) };
+            calls.last = if calls.last == 0 {
+                1
+            } else {
+                calls.last.wrapping_add(2)
+            };
             if calls.why.is_none() {
                 calls.waiting.insert(calls.last, sender);
             }
@@ -249,8 +253,14 @@ fn serve(
             }),
         };
         let response = match result {
-            Ok(payload) => Response { status: Some(Status::default()), payload },
-            Err(status) => Response { status: Some(status), payload: Vec::new() },
+            Ok(payload) => Response {
+                status: Some(Status::default()),
+                payload,
+            },
+            Err(status) => Response {
+                status: Some(status),
+                payload: Vec::new(),
+            },
         };
         match ttrpc::response(stream, &response) {
             Ok(bytes) => {

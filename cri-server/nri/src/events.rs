@@ -23,7 +23,11 @@ struct Told {
 }
 
 const fn told(event: Event, method: &'static str, may_refuse: bool) -> Told {
-    Told { event, method, may_refuse }
+    Told {
+        event,
+        method,
+        may_refuse,
+    }
 }
 
 impl Nri {
@@ -35,14 +39,19 @@ impl Nri {
         let Some(inner) = &self.inner else { return Ok(()) };
         let _order = inner.order.read().await;
         lock(&inner.known).announced.insert(id.to_owned());
-        inner.tell_pod(&told(Event::RunPodSandbox, "RunPodSandbox", true), pod).await
+        inner
+            .tell_pod(&told(Event::RunPodSandbox, "RunPodSandbox", true), pod)
+            .await
     }
 
     /// The pod's resources are to be changed; a plugin may refuse that.
     ///
     /// # Errors
     /// [`Error::Refused`].
-    pub async fn update_pod(&self, request: impl FnOnce() -> api::UpdatePodSandboxRequest) -> Result<(), Error> {
+    pub async fn update_pod(
+        &self,
+        request: impl FnOnce() -> api::UpdatePodSandboxRequest,
+    ) -> Result<(), Error> {
         let Some(inner) = &self.inner else { return Ok(()) };
         let _order = inner.order.read().await;
         let plugins = inner.listening(Event::UpdatePodSandbox);
@@ -70,7 +79,11 @@ impl Nri {
     pub async fn stop_pod(&self, pod: impl FnOnce() -> PodSandbox) {
         let Some(inner) = &self.inner else { return };
         let _order = inner.order.read().await;
-        noted(inner.tell_pod(&told(Event::StopPodSandbox, "StopPodSandbox", false), pod).await);
+        noted(
+            inner
+                .tell_pod(&told(Event::StopPodSandbox, "StopPodSandbox", false), pod)
+                .await,
+        );
     }
 
     /// The pod goes. Plugins are told once, however often its removal is tried.
@@ -78,7 +91,11 @@ impl Nri {
         let Some(inner) = &self.inner else { return };
         let _order = inner.order.read().await;
         if inner.depart(id) {
-            noted(inner.tell_pod(&told(Event::RemovePodSandbox, "RemovePodSandbox", false), pod).await);
+            noted(
+                inner
+                    .tell_pod(&told(Event::RemovePodSandbox, "RemovePodSandbox", false), pod)
+                    .await,
+            );
         }
     }
 
@@ -108,7 +125,9 @@ impl Nri {
                 pod: Some(pod.clone()),
                 container: Some(creation.container.clone()),
             };
-            let answer = plugin.ask(Event::CreateContainer, "CreateContainer", &request).await?;
+            let answer = plugin
+                .ask(Event::CreateContainer, "CreateContainer", &request)
+                .await?;
             if let Some(answer) = answer {
                 creation.apply(answer, &plugin.full_name())?;
             }
@@ -147,11 +166,16 @@ impl Nri {
     ///
     /// # Errors
     /// [`Error::Refused`].
-    pub async fn start_container(&self, id: &str, pair: impl FnOnce() -> Pair) -> Result<Option<Starting>, Error> {
+    pub async fn start_container(
+        &self,
+        id: &str,
+        pair: impl FnOnce() -> Pair,
+    ) -> Result<Option<Starting>, Error> {
         let Some(inner) = &self.inner else { return Ok(None) };
         let lane = lock(&inner.starts).entry(id.to_owned()).or_default().clone();
         let guard = lane.lock_owned().await;
-        self.tell(&told(Event::StartContainer, "StartContainer", true), pair).await?;
+        self.tell(&told(Event::StartContainer, "StartContainer", true), pair)
+            .await?;
         Ok(Some(Starting { _guard: guard }))
     }
 
@@ -178,11 +202,16 @@ impl Nri {
         }
         let mut request = request();
         let asked = request.linux_resources.clone().unwrap_or_default();
-        let id = request.container.as_ref().map(|c| c.id.clone()).unwrap_or_default();
+        let id = request
+            .container
+            .as_ref()
+            .map(|c| c.id.clone())
+            .unwrap_or_default();
         let mut updates = Updates::default();
         for plugin in plugins {
-            let answer: Option<api::UpdateContainerResponse> =
-                plugin.ask(Event::UpdateContainer, "UpdateContainer", &request).await?;
+            let answer: Option<api::UpdateContainerResponse> = plugin
+                .ask(Event::UpdateContainer, "UpdateContainer", &request)
+                .await?;
             if let Some(answer) = answer {
                 updates.apply(answer.update, answer.evict, &plugin.full_name())?;
                 let mut resources = asked.clone();
@@ -195,7 +224,9 @@ impl Nri {
         let mut wanted = updates.finish();
         let own = wanted.updates.iter().position(|update| update.container_id == id);
         let own = own.map(|at| wanted.updates.remove(at));
-        let own = own.and_then(|update| update.linux).and_then(|linux| linux.resources);
+        let own = own
+            .and_then(|update| update.linux)
+            .and_then(|linux| linux.resources);
         Ok(Some((own.unwrap_or_default(), wanted)))
     }
 
@@ -328,7 +359,11 @@ fn noted(result: Result<(), Error>) {
 impl Inner {
     fn listening(&self, event: Event) -> Vec<Arc<Plugin>> {
         let plugins = lock(&self.plugins).clone();
-        plugins.iter().filter(|plugin| plugin.wants(event)).cloned().collect()
+        plugins
+            .iter()
+            .filter(|plugin| plugin.wants(event))
+            .cloned()
+            .collect()
     }
 
     /// Whether this is the first time.

@@ -28,7 +28,10 @@ pub(crate) async fn all(inner: &Arc<Inner>) {
         match launch(&path, &installed) {
             Ok((stream, child)) => {
                 registering.spawn(async move {
-                    (path, Plugin::register(stream, Some((installed, child)), limits, runtime).await)
+                    (
+                        path,
+                        Plugin::register(stream, Some((installed, child)), limits, runtime).await,
+                    )
                 });
             }
             Err(error) => tracing::warn!(plugin = %path.display(), %error, "cannot launch an NRI plugin"),
@@ -73,7 +76,10 @@ fn discover(plugins: &Path, configs: &Path) -> Vec<(PathBuf, Installed)> {
 }
 
 fn installed(path: &Path, configs: &Path) -> Result<Installed, String> {
-    let file = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let file = path
+        .file_name()
+        .and_then(|name| name.to_str())
+        .unwrap_or_default();
     let (index, name) = file.split_once('-').ok_or("its file is not named NN-name")?;
     verify_index(index)?;
     verify_name(name)?;
@@ -121,7 +127,11 @@ fn launch(path: &Path, installed: &Installed) -> std::io::Result<(UnixStream, Ch
             } else {
                 libc::dup2(inherited, SOCKET)
             };
-            if done < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+            if done < 0 {
+                Err(std::io::Error::last_os_error())
+            } else {
+                Ok(())
+            }
         });
     }
     let child = command.spawn()?;
@@ -139,7 +149,12 @@ mod tests {
         let (plugins, configs) = (directory.path().join("p"), directory.path().join("c"));
         std::fs::create_dir_all(&plugins).unwrap();
         std::fs::create_dir_all(&configs).unwrap();
-        for (name, mode) in [("20-b", 0o755), ("10-a", 0o755), ("15-off", 0o644), ("nonsense", 0o755)] {
+        for (name, mode) in [
+            ("20-b", 0o755),
+            ("10-a", 0o755),
+            ("15-off", 0o644),
+            ("nonsense", 0o755),
+        ] {
             std::fs::write(plugins.join(name), "").unwrap();
             std::fs::set_permissions(plugins.join(name), std::fs::Permissions::from_mode(mode)).unwrap();
         }
@@ -150,7 +165,10 @@ mod tests {
             .into_iter()
             .map(|(_, i)| (i.name, i.config))
             .collect();
-        assert_eq!(found, [("a".into(), "general".into()), ("b".into(), "special".into())]);
+        assert_eq!(
+            found,
+            [("a".into(), "general".into()), ("b".into(), "special".into())]
+        );
         assert!(discover(&directory.path().join("none"), &configs).is_empty());
     }
 }

@@ -41,7 +41,11 @@ async fn bind(path: &Path) -> Result<UnixListener, StartError> {
     }
     if let Some(parent) = path.parent() {
         let mut directory = std::fs::DirBuilder::new();
-        directory.recursive(true).mode(0o700).create(parent).map_err(failed)?;
+        directory
+            .recursive(true)
+            .mode(0o700)
+            .create(parent)
+            .map_err(failed)?;
     }
     // Bound under another name and closed to others before it can be found.
     let temporary = path.with_extension("new");
@@ -96,7 +100,10 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("nri/nri.sock");
         let listener = bind(&path).await.unwrap();
-        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(
+            std::fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
         assert!(matches!(bind(&path).await, Err(StartError::InUse(_))));
         drop(listener);
         drop(bind(&path).await.unwrap());

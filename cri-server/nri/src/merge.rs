@@ -74,14 +74,28 @@ impl Creation {
     }
 
     fn adjust(&mut self, from: ContainerAdjustment, plugin: &str) -> Result<(), Error> {
-        let Self { container, adjust, updates } = self;
+        let Self {
+            container,
+            adjust,
+            updates,
+        } = self;
         let mut step = Step {
             claims: &mut updates.claims,
             id: &container.id,
             plugin,
         };
-        step.map(Field::Annotations, from.annotations, &mut container.annotations, &mut adjust.annotations)?;
-        step.list(Field::Mounts, from.mounts, &mut container.mounts, &mut adjust.mounts)?;
+        step.map(
+            Field::Annotations,
+            from.annotations,
+            &mut container.annotations,
+            &mut adjust.annotations,
+        )?;
+        step.list(
+            Field::Mounts,
+            from.mounts,
+            &mut container.mounts,
+            &mut adjust.mounts,
+        )?;
         let mut env: Vec<KeyValue> = container.env.iter().map(|text| variable(text)).collect();
         step.list(Field::Env, from.env, &mut env, &mut adjust.env)?;
         container.env = env.iter().map(|v| format!("{}={}", v.key, v.value)).collect();
@@ -96,10 +110,24 @@ impl Creation {
             adjust.args = args;
         }
         if let Some(hooks) = from.hooks {
-            step.hooks(&hooks, container.hooks.get_or_insert_default(), adjust.hooks.get_or_insert_default());
+            step.hooks(
+                &hooks,
+                container.hooks.get_or_insert_default(),
+                adjust.hooks.get_or_insert_default(),
+            );
         }
-        step.list(Field::Rlimits, from.rlimits, &mut container.rlimits, &mut adjust.rlimits)?;
-        step.list(Field::CdiDevices, from.cdi_devices, &mut container.cdi_devices, &mut adjust.cdi_devices)?;
+        step.list(
+            Field::Rlimits,
+            from.rlimits,
+            &mut container.rlimits,
+            &mut adjust.rlimits,
+        )?;
+        step.list(
+            Field::CdiDevices,
+            from.cdi_devices,
+            &mut container.cdi_devices,
+            &mut adjust.cdi_devices,
+        )?;
         match from.linux {
             Some(linux) => {
                 let shown = container.linux.get_or_insert_default();
@@ -209,7 +237,12 @@ impl Step<'_> {
         shown: &mut api::LinuxContainer,
         reply: &mut api::LinuxContainerAdjustment,
     ) -> Result<(), Error> {
-        self.list(Field::Devices, from.devices, &mut shown.devices, &mut reply.devices)?;
+        self.list(
+            Field::Devices,
+            from.devices,
+            &mut shown.devices,
+            &mut reply.devices,
+        )?;
         if let Some(resources) = from.resources {
             self.resources(&resources)?;
             overlay(&resources, shown.resources.get_or_insert_default());
@@ -220,15 +253,50 @@ impl Step<'_> {
             shown.cgroups_path.clone_from(&from.cgroups_path);
             reply.cgroups_path = from.cgroups_path;
         }
-        self.one(Field::OomScoreAdj, from.oom_score_adj, &mut shown.oom_score_adj, &mut reply.oom_score_adj)?;
-        self.one(Field::IoPriority, from.io_priority, &mut shown.io_priority, &mut reply.io_priority)?;
-        self.one(Field::SeccompPolicy, from.seccomp_policy, &mut shown.seccomp_policy, &mut reply.seccomp_policy)?;
-        self.list(Field::Namespace, from.namespaces, &mut shown.namespaces, &mut reply.namespaces)?;
+        self.one(
+            Field::OomScoreAdj,
+            from.oom_score_adj,
+            &mut shown.oom_score_adj,
+            &mut reply.oom_score_adj,
+        )?;
+        self.one(
+            Field::IoPriority,
+            from.io_priority,
+            &mut shown.io_priority,
+            &mut reply.io_priority,
+        )?;
+        self.one(
+            Field::SeccompPolicy,
+            from.seccomp_policy,
+            &mut shown.seccomp_policy,
+            &mut reply.seccomp_policy,
+        )?;
+        self.list(
+            Field::Namespace,
+            from.namespaces,
+            &mut shown.namespaces,
+            &mut reply.namespaces,
+        )?;
         self.map(Field::Sysctl, from.sysctl, &mut shown.sysctl, &mut reply.sysctl)?;
-        self.map(Field::LinuxNetDevices, from.net_devices, &mut shown.net_devices, &mut reply.net_devices)?;
-        self.one(Field::LinuxSched, from.scheduler, &mut shown.scheduler, &mut reply.scheduler)?;
+        self.map(
+            Field::LinuxNetDevices,
+            from.net_devices,
+            &mut shown.net_devices,
+            &mut reply.net_devices,
+        )?;
+        self.one(
+            Field::LinuxSched,
+            from.scheduler,
+            &mut shown.scheduler,
+            &mut reply.scheduler,
+        )?;
         self.one(Field::RdtClosId, from.rdt, &mut shown.rdt, &mut reply.rdt)?;
-        self.one(Field::MemoryPolicy, from.memory_policy, &mut None, &mut reply.memory_policy)
+        self.one(
+            Field::MemoryPolicy,
+            from.memory_policy,
+            &mut None,
+            &mut reply.memory_policy,
+        )
     }
 
     fn resources(&mut self, from: &LinuxResources) -> Result<(), Error> {
@@ -277,11 +345,30 @@ pub(crate) fn overlay(from: &LinuxResources, into: &mut LinuxResources) {
     }
     if let Some(memory) = &from.memory {
         let into = into.memory.get_or_insert_default();
-        over!(memory, into, limit, reservation, swap, kernel, kernel_tcp, swappiness, disable_oom_killer, use_hierarchy);
+        over!(
+            memory,
+            into,
+            limit,
+            reservation,
+            swap,
+            kernel,
+            kernel_tcp,
+            swappiness,
+            disable_oom_killer,
+            use_hierarchy
+        );
     }
     if let Some(cpu) = &from.cpu {
         let into = into.cpu.get_or_insert_default();
-        over!(cpu, into, shares, quota, period, realtime_runtime, realtime_period);
+        over!(
+            cpu,
+            into,
+            shares,
+            quota,
+            period,
+            realtime_runtime,
+            realtime_period
+        );
         for (text, into) in [(&cpu.cpus, &mut into.cpus), (&cpu.mems, &mut into.mems)] {
             if !text.is_empty() {
                 into.clone_from(text);
@@ -290,7 +377,8 @@ pub(crate) fn overlay(from: &LinuxResources, into: &mut LinuxResources) {
     }
     over!(from, into, pids, blockio_class, rdt_class);
     for limit in &from.hugepage_limits {
-        into.hugepage_limits.retain(|other| other.page_size != limit.page_size);
+        into.hugepage_limits
+            .retain(|other| other.page_size != limit.page_size);
         into.hugepage_limits.push(limit.clone());
     }
     into.unified.extend(from.unified.clone());
@@ -343,7 +431,10 @@ impl Updates {
                 }
                 return Err(error);
             }
-            let known = self.list.iter().position(|u| u.container_id == update.container_id);
+            let known = self
+                .list
+                .iter()
+                .position(|u| u.container_id == update.container_id);
             let at = known.unwrap_or_else(|| {
                 self.list.push(ContainerUpdate {
                     container_id: update.container_id.clone(),

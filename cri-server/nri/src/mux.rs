@@ -66,9 +66,7 @@ pub(crate) async fn read(stream: &mut (impl AsyncRead + Unpin)) -> Result<Frame,
         _ => ReadError::Io(error),
     };
     stream.read_exact(&mut header).await.map_err(ended)?;
-    let number = |at: usize| {
-        u32::from_be_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
-    };
+    let number = |at: usize| u32::from_be_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
     let (connection, length) = (number(0), number(4) as usize);
     if length > MAX_PAYLOAD {
         return Err(ReadError::TooLong(length));

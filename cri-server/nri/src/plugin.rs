@@ -108,7 +108,9 @@ impl Serve for Service {
 pub(crate) fn verify_name(name: &str) -> Result<(), String> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.+".contains(c);
     if name.is_empty() || name.len() > 128 || !name.chars().all(allowed) {
-        return Err(format!("plugin name {name:?} is not of letters, digits, '-', '_', '.' and '+'"));
+        return Err(format!(
+            "plugin name {name:?} is not of letters, digits, '-', '_', '.' and '+'"
+        ));
     }
     Ok(())
 }
@@ -330,9 +332,16 @@ impl Plugin {
     ) -> Result<(), Error> {
         match self.ask::<Q, api::Empty>(event, method, message).await {
             Err(Error::Refused {
-                source: CallError::Status { code: code::UNIMPLEMENTED, .. },
+                source:
+                    CallError::Status {
+                        code: code::UNIMPLEMENTED,
+                        ..
+                    },
                 ..
-            }) => self.call::<_, api::Empty>("StateChange", &change()).await.map(drop),
+            }) => self
+                .call::<_, api::Empty>("StateChange", &change())
+                .await
+                .map(drop),
             other => other.map(drop),
         }
     }
@@ -341,13 +350,20 @@ impl Plugin {
     ///
     /// # Errors
     /// [`Error::Rejected`], [`Error::Refused`].
-    pub(crate) async fn validate(&self, request: &api::ValidateContainerAdjustmentRequest) -> Result<(), Error> {
+    pub(crate) async fn validate(
+        &self,
+        request: &api::ValidateContainerAdjustmentRequest,
+    ) -> Result<(), Error> {
         let rejected = |reason: String| Error::Rejected {
             plugin: self.full_name(),
             reason,
         };
         let answer: Option<api::ValidateContainerAdjustmentResponse> = self
-            .ask(Event::ValidateContainerAdjustment, "ValidateContainerAdjustment", request)
+            .ask(
+                Event::ValidateContainerAdjustment,
+                "ValidateContainerAdjustment",
+                request,
+            )
             .await?;
         match answer {
             Some(answer) if answer.reject => Err(rejected(answer.reason)),
@@ -412,13 +428,20 @@ mod tests {
             args: vec!["x".repeat(100)],
             ..Default::default()
         };
-        let pods = vec![api::PodSandbox { id: "p".into(), ..Default::default() }];
+        let pods = vec![api::PodSandbox {
+            id: "p".into(),
+            ..Default::default()
+        }];
         let parts = parts(pods, (0..50).map(container).collect(), 1000);
         assert!(parts.len() > 5);
         assert!(parts.iter().all(|part| part.encoded_len() <= 1100));
         let (last, before) = parts.split_last().unwrap();
         assert!(!last.more && before.iter().all(|part| part.more));
-        let all: Vec<&str> = parts.iter().flat_map(|p| &p.containers).map(|c| c.id.as_str()).collect();
+        let all: Vec<&str> = parts
+            .iter()
+            .flat_map(|p| &p.containers)
+            .map(|c| c.id.as_str())
+            .collect();
         assert_eq!(all.len(), 50);
         assert_eq!((all[0], all[49]), ("c0", "c49"));
     }

@@ -187,7 +187,10 @@ mod tests {
         let mut decoder = Decoder::default();
         decoder.push(&[0xff; HEADER]);
         assert!(matches!(decoder.next(), Err(CodecError::TooLong(_))));
-        let big = Response { status: None, payload: vec![0; MAX_MESSAGE] };
+        let big = Response {
+            status: None,
+            payload: vec![0; MAX_MESSAGE],
+        };
         assert!(response(1, &big).unwrap_err() > MAX_MESSAGE);
     }
 }

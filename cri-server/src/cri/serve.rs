@@ -101,6 +101,7 @@ pub async fn serve(
         host: HostFeatures::detect(),
         events: Events::default(),
         cpu_rates: CpuRates::default(),
+        nri: crate::nri::new(&config),
         images,
         store,
         dirs,
@@ -110,6 +111,7 @@ pub async fn serve(
     free_address(&path).await?;
     let pods = Pods::recover(node.clone(), pods, containers).await;
     ask_ahead(&node);
+    crate::nri::start(&node.nri, &pods).await;
     let streaming = Arc::new(crate::streaming::bind(pods.clone(), streaming_config(&node.config)?).await?);
     let rpcs = Arc::new(RpcMetrics::default());
     let _metrics = match node.config.metrics.address {
@@ -152,6 +154,7 @@ pub async fn serve(
             Ok(())
         }
     };
+    node.nri.shutdown().await;
     streaming.shutdown().await;
     if pods.is_empty() {
         remove_default_network(&node).await;

@@ -23,7 +23,9 @@ use super::state::ContainerState;
 use super::undo::Undo;
 use super::{image_ref, teardown};
 use crate::config::CgroupDriver;
-use crate::cri::api::{ContainerConfig, LinuxContainerUser, NamespaceMode, NamespaceOption};
+use crate::cri::api::{
+    ContainerConfig, LinuxContainerResources, LinuxContainerUser, NamespaceMode, NamespaceOption,
+};
 use crate::error::{Error, Result, chain};
 use crate::node::{Node, now_ns};
 use crate::shim::{CreateTask, Mount, Shim};
@@ -36,6 +38,7 @@ const USER_FILE_LIMIT: u64 = 4 << 20;
 pub(super) struct Plan {
     pub(super) record: ContainerRecord,
     spec: Spec,
+    side: Side,
     read_only: bool,
     image_volumes: Vec<ImageVolume>,
 }
@@ -169,6 +172,7 @@ fn plan_blocking(
     Ok(Plan {
         record,
         spec,
+        side,
         read_only: security.readonly_rootfs,
         image_volumes,
     })
@@ -308,38 +312,52 @@ fn mappings(list: &[catamaran_sandbox::pod_spec::IdMapping]) -> Result<Vec<Linux
 /// or `cancel` comes.
 pub(super) async fn run(
     node: Arc<Node>,
+    pod: Arc<PodRecord>,
     shim: Shim,
-    plan: Plan,
+    mut plan: Plan,
     announced: Written,
     cancel: CancellationToken,
-) -> Result<(), Failed> {
+) -> Result<LinuxContainerResources, Failed> {
     let mut undo = Undo::default();
     let result = tokio::select! {
-        result = begin(&node, &shim, &plan, announced, &mut undo) => result,
+        result = begin(&node, &pod, &shim, &mut plan, announced, &mut undo) => result,
         () = cancel.cancelled() => {
             Err(Error::Aborted(format!("the pod of container {} was stopped while it was created", plan.record.id)))
         }
     };
     match result {
-        Ok(()) => Ok(()),
+        Ok(()) => Ok(plan.record.resources),
         Err(error) => {
             tracing::info!(container = %plan.record.id, error = %chain(&error), "undoing a container");
-            Err(Failed {
-                error,
-                left: undo.run().await,
-            })
+            let left = undo.run().await;
+            let pair = || crate::nri::created_pair(&pod, &plan.record, &plan.spec);
+            node.nri.undo_container(plan.record.id.as_str(), pair).await;
+            Err(Failed { error, left })
         }
     }
 }
 
+/// Lets NRI plugins adjust the container before anything of it is there.
+async fn ask_plugins(node: &Node, pod: &PodRecord, plan: &mut Plan) -> Result<()> {
+    let id = plan.record.id.to_string();
+    let pair = || crate::nri::created_pair(pod, &plan.record, &plan.spec);
+    let Some((adjust, wanted)) = node.nri.create_container(&id, pair).await? else {
+        return Ok(());
+    };
+    crate::nri::apply(&mut plan.spec, &mut plan.record.resources, adjust, plan.side)?;
+    super::update_container::change_others(node, wanted).await
+}
+
 async fn begin(
     node: &Arc<Node>,
+    sandbox: &PodRecord,
     shim: &Shim,
-    plan: &Plan,
+    plan: &mut Plan,
     announced: Written,
     undo: &mut Undo,
 ) -> Result<()> {
     announced.durable().await?;
+    ask_plugins(node, sandbox, plan).await?;
     let text = |error: Error| chain(&error);
     let (pod, id) = (plan.record.pod.clone(), plan.record.id.clone());
     let (n, i) = (node.clone(), id.clone());
@@ -396,6 +414,8 @@ async fn begin(
         },
     })
     .await?;
+    let pair = || crate::nri::created_pair(sandbox, &plan.record, &plan.spec);
+    node.nri.container_created(pair).await;
     Ok(())
 }
 

@@ -25,6 +25,8 @@ mod update_sandbox;
 pub mod vm;
 mod watch;
 
+pub(crate) use update_container::merge as merge_resources;
+
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -34,7 +36,7 @@ use catamaran_sandbox::id::Id;
 use catamaran_sandbox::pod_spec::RuntimeSpec;
 use tokio::sync::oneshot;
 
-use self::owner::{Call, Handle, Message, Owner, Reply};
+use self::owner::{Asker, Call, Handle, Message, Owner, Reply};
 use self::record::{ContainerRecord, PodKey, PodRecord, PodView};
 use self::state::{ContainerState, PodState, Request, admit};
 use crate::config::HandlerType;
@@ -102,6 +104,17 @@ impl Pods {
         let views = index.pods.values().map(|handle| handle.view.borrow().clone());
         views
             .filter(|view| view.pod.state != PodState::Creating)
+            .collect()
+    }
+
+    /// Every pod, also those still being created, in no order.
+    #[must_use]
+    pub(crate) fn all_views(&self) -> Vec<Arc<PodView>> {
+        let index = self.inner.index.read().unwrap_or_else(PoisonError::into_inner);
+        index
+            .pods
+            .values()
+            .map(|handle| handle.view.borrow().clone())
             .collect()
     }
 
@@ -292,7 +305,23 @@ impl Pods {
     pub async fn update_container(&self, id: &str, wanted: LinuxContainerResources) -> Result<()> {
         let (handle, _, container) = self.container_handle(id)?;
         container_call(&handle, id, |reply| {
-            Call::UpdateContainer(container.id.clone(), Box::new(wanted), reply)
+            Call::UpdateContainer(container.id.clone(), Box::new(wanted), Asker::Cri, reply)
+        })
+        .await
+    }
+
+    /// As [`Pods::update_container`], wanted by an NRI plugin: no other is asked.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) async fn update_container_for_plugin(
+        &self,
+        id: &str,
+        wanted: LinuxContainerResources,
+    ) -> Result<()> {
+        let (handle, _, container) = self.container_handle(id)?;
+        container_call(&handle, id, |reply| {
+            Call::UpdateContainer(container.id.clone(), Box::new(wanted), Asker::Plugin, reply)
         })
         .await
     }

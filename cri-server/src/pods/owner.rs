@@ -58,8 +58,15 @@ pub(super) enum Call {
     StartContainer(Id, Reply<()>),
     StopContainer(Id, Duration, Reply<()>),
     RemoveContainer(Id, Reply<()>),
-    UpdateContainer(Id, Box<LinuxContainerResources>, Reply<()>),
+    UpdateContainer(Id, Box<LinuxContainerResources>, Asker, Reply<()>),
     UpdatePod(Box<PodResources>, Reply<()>),
+}
+
+/// Who wants an update: plugins are not asked about what a plugin wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Asker {
+    Cri,
+    Plugin,
 }
 
 /// Work that has ended.
@@ -67,7 +74,8 @@ pub(super) enum Done {
     Created(Box<Result<Started, Failed>>),
     Stopped(Result<()>),
     Removed(Result<()>),
-    ContainerCreated(Id, Result<(), Failed>),
+    /// With the limits as plugins have adjusted them.
+    ContainerCreated(Id, Result<LinuxContainerResources, Failed>),
     ContainerStarted(Id, Result<u32>),
     ContainerStopped(Id, Result<()>),
     ContainerRemoved(Id, Result<()>),
@@ -235,7 +243,9 @@ impl Owner {
             Call::StartContainer(id, reply) => self.start_container(id, reply),
             Call::StopContainer(id, grace, reply) => self.stop_container(id, grace, reply),
             Call::RemoveContainer(id, reply) => self.remove_container(id, reply),
-            Call::UpdateContainer(id, wanted, reply) => self.update_container(&id, *wanted, reply),
+            Call::UpdateContainer(id, wanted, asker, reply) => {
+                self.update_container(&id, *wanted, asker, reply)
+            }
             Call::UpdatePod(wanted, reply) => self.update_pod(wanted, reply),
         }
     }
@@ -376,11 +386,11 @@ impl Owner {
             waiting: vec![reply],
         };
         self.at_work.creating.insert(id.clone(), creation);
-        let node = self.node.clone();
+        let (node, pod) = (self.node.clone(), self.pod.clone());
         self.begin(async move {
             Done::ContainerCreated(
                 id,
-                create_container::run(node, shim, plan, announced, cancel).await,
+                create_container::run(node, pod, shim, plan, announced, cancel).await,
             )
         });
     }
@@ -399,9 +409,13 @@ impl Owner {
                     return answer(vec![reply], &Err(Arc::new(no_shim(&self.pod.id))));
                 };
                 let announced = self.change_container(&id, |c| c.state = ContainerState::Starting);
+                let Some(container) = self.containers.get(&id).cloned() else {
+                    return answer(vec![reply], &Ok(()));
+                };
                 self.at_work.starting.insert(id.clone(), vec![reply]);
+                let (node, pod) = (self.node.clone(), self.pod.clone());
                 self.begin(async move {
-                    let started = start_container::run(shim, id.to_string(), announced).await;
+                    let started = start_container::run(node, pod, container, shim, announced).await;
                     Done::ContainerStarted(id, started)
                 });
             }
@@ -492,7 +506,7 @@ impl Owner {
         });
     }
 
-    fn update_container(&mut self, id: &Id, wanted: LinuxContainerResources, reply: Reply<()>) {
+    fn update_container(&mut self, id: &Id, wanted: LinuxContainerResources, asker: Asker, reply: Reply<()>) {
         let (container, shim) = match (self.admit(Some(id), Request::UpdateContainer), &self.shim) {
             (Ok(_), Some(shim)) => match self.containers.get(id) {
                 Some(container) => (container.clone(), shim.clone()),
@@ -502,9 +516,12 @@ impl Owner {
             (Err(error), _) => return answer(vec![reply], &Err(error)),
         };
         let (node, id) = (self.node.clone(), id.clone());
-        let kind = super::handler_kind(&self.pod);
+        let pod = self.pod.clone();
         self.begin(async move {
-            let result = update_container::run(node, shim, kind, container, wanted).await;
+            let result = match asker {
+                Asker::Cri => update_container::with_plugins(node, shim, pod, container, wanted).await,
+                Asker::Plugin => update_container::run(&node, &shim, &pod, &container, &wanted).await,
+            };
             Done::ContainerUpdated(id, result, reply)
         });
     }
@@ -541,6 +558,15 @@ impl Owner {
         self.view.send_replace(Arc::new(view));
     }
 
+    /// Plugins are told that a container has ended.
+    fn tell_end(&self, id: &Id) {
+        let (node, pod) = (self.node.clone(), self.pod.clone());
+        if let Some(container) = self.containers.get(id).cloned() {
+            let pair = move || crate::nri::pair(&node, &pod, &container);
+            self.node.nri.container_ended(id.as_str(), pair);
+        }
+    }
+
     fn send_event(&self, id: &Id, kind: ContainerEventType) {
         let view = self.view.borrow().clone();
         self.node.events.send(|| event(&view, id, kind));
@@ -560,6 +586,7 @@ impl Owner {
             tracing::warn!(pod = %self.pod.id, %error, "the record of an undone pod stays");
         }
         self.pods.forget(&self.pod.id);
+        self.node.nri.forget(self.pod.id.as_str());
         answer(waiting, &Err(error));
         answer(self.at_work.stop.take().unwrap_or_default(), &Ok(()));
         answer(std::mem::take(&mut self.at_work.removal_wanted), &Ok(()));
@@ -581,6 +608,9 @@ impl Owner {
         }
         self.send_event(&self.pod.id, ContainerEventType::ContainerDeletedEvent);
         self.pods.forget(&self.pod.id);
+        for id in self.containers.keys().chain([&self.pod.id]) {
+            self.node.nri.forget(id.as_str());
+        }
         let mut waiting = self.at_work.removal.take().unwrap_or_default();
         waiting.append(&mut self.at_work.removal_wanted);
         answer(waiting, &result);

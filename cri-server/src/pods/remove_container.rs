@@ -21,6 +21,7 @@ pub(super) async fn run(
     announced: Written,
 ) -> Result<()> {
     announced.durable().await?;
+    let told = view.clone();
     if let Some(shim) = shim {
         if container.exit.is_none() {
             let (_keep, deadline) = watch::channel(Instant::now());
@@ -38,8 +39,18 @@ pub(super) async fn run(
             _ => {}
         }
     }
+    tell_plugins(&node, &container, &told).await;
     teardown::remove_container_bundle(&node, &container.pod, &container.id).await?;
     image_volumes::release(&node, &container.id, &container.config).await?;
     node.images.release(container.id.as_str()).await?;
     Ok(())
+}
+
+/// NRI plugins hear of it while the bundle still says what the container was.
+async fn tell_plugins(node: &Node, container: &ContainerRecord, view: &watch::Receiver<Arc<PodView>>) {
+    let view = view.borrow().clone();
+    // As it ended meanwhile.
+    let current = view.containers.get(&container.id);
+    let pair = || crate::nri::pair(node, &view.pod, current.map_or(container, |current| current));
+    node.nri.remove_container(container.id.as_str(), pair).await;
 }

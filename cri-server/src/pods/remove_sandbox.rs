@@ -26,6 +26,13 @@ pub(super) async fn run(
         stop_sandbox::run(node.clone(), shim, view, Written::already()).await?;
     }
     let pod = &current.pod;
+    for container in current.containers.values() {
+        let pair = || crate::nri::pair(&node, pod, container);
+        node.nri.remove_container(container.id.as_str(), pair).await;
+    }
+    node.nri
+        .remove_pod(pod.id.as_str(), || crate::nri::pod(pod))
+        .await;
     let mut first: Option<Error> = None;
     let mut note = |result: Result<()>| {
         if let Err(error) = result {

@@ -237,6 +237,7 @@ pub(super) async fn run(
         Ok(started) => Ok(started),
         Err(error) => {
             tracing::info!(pod = %pod.id, error = %chain(&error), "undoing a pod sandbox");
+            node.nri.undo_pod(pod.id.as_str(), || crate::nri::pod(&pod)).await;
             Err(Failed {
                 error,
                 left: undo.run().await,
@@ -313,6 +314,12 @@ async fn begin(
         files.write_addresses(&ips, &pod.config.hostname)?;
     }
     let info = shim.sandbox_status().await?.info;
+    let ready = || {
+        let mut ready = PodRecord::clone(pod);
+        ready.ips.clone_from(&ips);
+        crate::nri::pod(&ready)
+    };
+    node.nri.run_pod(pod.id.as_str(), ready).await?;
     Ok(Started { shim, ips, info })
 }
 

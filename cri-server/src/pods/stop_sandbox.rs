@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::record::PodView;
-use super::stop_container::over;
+use super::stop_container::{self, over};
 use super::teardown;
 use crate::error::{Error, Result, chain};
 use crate::node::Node;
@@ -28,6 +29,7 @@ pub(super) async fn run(
     announced.durable().await?;
     let pod = view.borrow().pod.clone();
     let watched = shim.is_some();
+    tell_plugins(&node, shim.as_ref(), &view).await;
     let sandbox = teardown::end_sandbox(&node, &pod, shim, |shim| async move {
         let containers: Vec<_> = view.borrow().containers.keys().cloned().collect();
         if watched {
@@ -58,4 +60,43 @@ pub(super) async fn run(
         }
     }
     first.map_or(Ok(()), Err)
+}
+
+/// NRI plugins hear of the stop when the containers have ended and the namespaces are still there. Without
+/// plugins all ends at once. Whatever fails here, the shim's own stop comes after it.
+async fn tell_plugins(node: &Node, shim: Option<&Shim>, view: &watch::Receiver<Arc<PodView>>) {
+    if node.nri.plugins().is_empty() {
+        return;
+    }
+    let now = view.borrow().clone();
+    if let Some(shim) = shim {
+        let ends = now
+            .containers
+            .values()
+            .filter(|c| c.exit.is_none())
+            .map(|container| {
+                let (keep, deadline) = watch::channel(Instant::now() + teardown::STOP_GRACE);
+                let stop = stop_container::Stop {
+                    shim: shim.clone(),
+                    container: container.id.clone(),
+                    signal: container.stop_signal,
+                    view: view.clone(),
+                    deadline,
+                };
+                async move {
+                    let ended = stop_container::run(stop, Written::already());
+                    // Longer than the grace: a shim that does not answer.
+                    let ended = tokio::time::timeout(teardown::STOP_GRACE + EXITS_LIMIT, ended).await;
+                    if !matches!(ended, Ok(Ok(()))) {
+                        tracing::debug!(container = %container.id, "has not ended before its pod");
+                    }
+                    drop(keep);
+                }
+            });
+        join_all(ends).await;
+    }
+    for id in now.containers.keys() {
+        node.nri.end_told(id.as_str()).await;
+    }
+    node.nri.stop_pod(|| crate::nri::pod(&now.pod)).await;
 }

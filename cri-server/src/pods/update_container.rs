@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::record::ContainerRecord;
+use super::record::{ContainerRecord, PodRecord};
 use crate::config::HandlerType;
 use crate::cri::api::LinuxContainerResources;
 use crate::error::{Error, Result};
@@ -11,15 +11,15 @@ use crate::shim::Shim;
 
 /// Applies the limits and returns those in force: what the request leaves at its default stays as it was.
 pub(super) async fn run(
-    node: Arc<Node>,
-    shim: Shim,
-    handler: HandlerType,
-    container: Arc<ContainerRecord>,
-    wanted: LinuxContainerResources,
+    node: &Node,
+    shim: &Shim,
+    pod: &PodRecord,
+    container: &ContainerRecord,
+    wanted: &LinuxContainerResources,
 ) -> Result<LinuxContainerResources> {
-    let merged = merge(&container.resources, &wanted);
+    let merged = merge(&container.resources, wanted);
     let guest;
-    let host = match handler {
+    let host = match super::handler_kind(pod) {
         HandlerType::Oci => &node.host,
         HandlerType::Vm => {
             guest = catamaran_spec::HostFeatures::guest(&node.host.hostname);
@@ -34,8 +34,57 @@ pub(super) async fn run(
     Ok(merged)
 }
 
+/// As [`run`], with NRI plugins asked before: they may want other limits, and limits of other containers.
+pub(super) async fn with_plugins(
+    node: Arc<Node>,
+    shim: Shim,
+    pod: Arc<PodRecord>,
+    container: Arc<ContainerRecord>,
+    wanted: LinuxContainerResources,
+) -> Result<LinuxContainerResources> {
+    let request = || {
+        let (pod, container) = crate::nri::pair(&node, &pod, &container);
+        catamaran_nri::api::UpdateContainerRequest {
+            pod: Some(pod),
+            container: Some(container),
+            linux_resources: Some(crate::nri::resources(&wanted)),
+        }
+    };
+    let wanted = match node.nri.update_container(request).await? {
+        Some((own, others)) => {
+            let own = crate::nri::to_cri(&own, "update")?;
+            change_others(&node, others).await?;
+            merge(&wanted, &own)
+        }
+        None => wanted,
+    };
+    let applied = run(&node, &shim, &pod, &container, &wanted).await?;
+    let after = || {
+        let updated = ContainerRecord {
+            resources: applied.clone(),
+            ..(*container).clone()
+        };
+        crate::nri::pair(&node, &pod, &updated)
+    };
+    node.nri.container_updated(after).await;
+    Ok(applied)
+}
+
+/// Does what NRI plugins want of other containers.
+///
+/// # Errors
+/// [`Error::FailedPrecondition`] with the ids of those that may not fail and did.
+pub(super) async fn change_others(node: &Node, wanted: catamaran_nri::Wanted) -> Result<()> {
+    node.nri.change(wanted).await.map_err(|failed| {
+        Error::FailedPrecondition(format!(
+            "limits that NRI plugins want could not be set in container {}",
+            failed.join(", ")
+        ))
+    })
+}
+
 /// CRI: a field at its default value is not changed.
-fn merge(old: &LinuxContainerResources, new: &LinuxContainerResources) -> LinuxContainerResources {
+pub(crate) fn merge(old: &LinuxContainerResources, new: &LinuxContainerResources) -> LinuxContainerResources {
     let number = |old: i64, new: i64| if new == 0 { old } else { new };
     let text = |old: &String, new: &String| if new.is_empty() { old.clone() } else { new.clone() };
     let mut unified = old.unified.clone();

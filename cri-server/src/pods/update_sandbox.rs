@@ -11,6 +11,7 @@ use super::teardown::blocking;
 use crate::config::HandlerType;
 use crate::cri::api::{LinuxContainerResources, LinuxPodSandboxConfig};
 use crate::error::{Error, Result, chain};
+use crate::node::Node;
 
 /// What the request has, verified.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -52,7 +53,17 @@ pub(super) fn verify(
 }
 
 /// Limits the pod's cgroup where it is the daemon's.
-pub(super) async fn run(pod: Arc<PodRecord>, wanted: Box<PodResources>) -> Result<Box<PodResources>> {
+pub(super) async fn run(
+    node: &Node,
+    pod: Arc<PodRecord>,
+    wanted: Box<PodResources>,
+) -> Result<Box<PodResources>> {
+    let request = || catamaran_nri::api::UpdatePodSandboxRequest {
+        pod: Some(crate::nri::pod(&pod)),
+        overhead_linux_resources: wanted.overhead.as_ref().map(crate::nri::resources),
+        linux_resources: wanted.resources.as_ref().map(crate::nri::resources),
+    };
+    node.nri.update_pod(request).await?;
     if pod.owns_cgroup && super::handler_kind(&pod) == HandlerType::Oci {
         let limits = limits(&wanted);
         let path = pod.cgroup_parent.clone();
@@ -64,6 +75,12 @@ pub(super) async fn run(pod: Arc<PodRecord>, wanted: Box<PodResources>) -> Resul
         })
         .await?;
     }
+    let updated = || {
+        let mut updated = PodRecord::clone(&pod);
+        record(&mut updated, PodResources::clone(&wanted));
+        crate::nri::pod(&updated)
+    };
+    node.nri.pod_updated(updated).await;
     Ok(wanted)
 }
 

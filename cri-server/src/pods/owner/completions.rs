@@ -5,7 +5,7 @@ use std::sync::Arc;
 use catamaran_sandbox::id::Id;
 
 use super::{Done, Owner, Reply, answer, answer_when};
-use crate::cri::api::ContainerEventType;
+use crate::cri::api::{ContainerEventType, LinuxContainerResources};
 use crate::error::{Error, Result, chain};
 use crate::node::now_ns;
 use crate::pods::record::Exit;
@@ -36,6 +36,7 @@ impl Owner {
                     pod.ips = ips;
                     pod.info = info;
                 });
+                self.node.nri.settled(id.as_str());
                 self.watch_all();
                 if waiting.iter().all(|reply| reply.is_closed()) {
                     self.unclaimed.push(id.clone());
@@ -163,7 +164,7 @@ impl Owner {
         }
     }
 
-    fn container_created(&mut self, id: &Id, result: Result<(), Failed>) {
+    fn container_created(&mut self, id: &Id, result: Result<LinuxContainerResources, Failed>) {
         let waiting = self
             .at_work
             .creating
@@ -171,11 +172,13 @@ impl Owner {
             .map(|creation| creation.waiting)
             .unwrap_or_default();
         match result {
-            Ok(()) => {
+            Ok(resources) => {
                 let written = self.change_container(id, |c| {
                     c.state = ContainerState::Created;
                     c.created_at_ns = now_ns();
+                    c.resources = resources;
                 });
+                self.node.nri.settled(id.as_str());
                 self.watch_container(id);
                 if self.pod.state == PodState::Stopped {
                     // The pod's stop was complete when this was heard.
@@ -190,6 +193,7 @@ impl Owner {
             Err(Failed { error, left }) if left.is_empty() => {
                 self.containers.remove(id);
                 self.publish();
+                self.node.nri.forget(id.as_str());
                 let removed = self.node.store.remove(Table::Containers, id.as_str());
                 let error = Arc::new(error);
                 tokio::spawn(async move {
@@ -243,6 +247,7 @@ impl Owner {
                         c.exit = Some(exit);
                     })
                     .queued();
+                    self.tell_end(id);
                     self.delete_task(id);
                 }
                 answer(waiting, &Err(error));
@@ -258,6 +263,7 @@ impl Owner {
                 self.containers.remove(id);
                 self.unclaimed.retain(|unclaimed| unclaimed != id);
                 self.publish();
+                self.node.nri.forget(id.as_str());
                 answer_when(
                     self.node.store.remove(Table::Containers, id.as_str()),
                     waiting,
@@ -286,6 +292,7 @@ impl Owner {
             c.pid = 0;
         })
         .queued();
+        self.tell_end(id);
         self.send_event(id, ContainerEventType::ContainerStoppedEvent);
         if state != ContainerState::Removing {
             self.delete_task(id);

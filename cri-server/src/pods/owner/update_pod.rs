@@ -17,8 +17,8 @@ impl Owner {
             };
             return answer(vec![reply], &Err(Arc::new(denied)));
         }
-        let pod = self.pod.clone();
-        self.begin(async move { Done::PodUpdated(update_sandbox::run(pod, wanted).await, reply) });
+        let (node, pod) = (self.node.clone(), self.pod.clone());
+        self.begin(async move { Done::PodUpdated(update_sandbox::run(&node, pod, wanted).await, reply) });
     }
 
     pub(super) fn pod_updated(&mut self, result: Result<Box<PodResources>>, reply: Reply<()>) {
