@@ -17,8 +17,15 @@ use serde_json::{Value, json};
 const SOON: Duration = Duration::from_secs(15);
 
 fn main() -> ExitCode {
-    Suite::new(|| Ok(Options::default()))
+    let code = run();
+    let _ = std::fs::remove_dir_all(installed());
+    code
+}
+
+fn run() -> ExitCode {
+    Suite::new(options)
         .serial()
+        .one(Runc, "a_pre_installed_plugin_is_launched", launched)
         .both("a_pods_and_a_containers_life_in_order", life)
         .one(Runc, "a_container_that_ends_by_itself_is_stopped", ends_by_itself)
         .one(Runc, "a_pod_is_not_seen_while_plugins_are_asked", run_blocks)
@@ -67,13 +74,47 @@ fn main() -> ExitCode {
         .one(Runc, "a_plugin_that_hangs_is_left_behind", hangs)
         .one(
             Runc,
-            "a_plugin_that_hangs_in_its_synchronization_holds_nobody_up",
+            "a_plugin_that_hangs_in_synchronize",
             hangs_in_synchronize,
         )
         .one(Runc, "a_plugin_that_dies_in_a_request", dies)
         .one(Runc, "garbage_on_the_socket", garbage)
         .one(Runc, "a_daemon_that_starts_again_synchronizes_its_pods", restart)
         .main()
+}
+
+/// Pre-installed plugins and their configurations; one suite runs at a time in a process.
+fn installed() -> PathBuf {
+    std::env::temp_dir().join(format!("catamaran-e2e-nri-{}", std::process::id()))
+}
+
+fn options() -> Result<Options> {
+    let directory = installed();
+    let plugins = directory.join("plugins");
+    std::fs::create_dir_all(&plugins)?;
+    let plugin = plugins.join("05-installed");
+    if !plugin.exists() {
+        std::os::unix::fs::symlink(binaries::tool("nri-plugin")?, &plugin)?;
+    }
+    let config = format!("{}\n{{}}", directory.join("log").display());
+    std::fs::write(directory.join("installed.conf"), config)?;
+    let nri = json!({"plugin_path": plugins, "plugin_config_path": directory});
+    Ok(Options {
+        overrides: vec![("nri".into(), nri)],
+        ..Options::default()
+    })
+}
+
+fn launched(t: &Case<'_>) -> Result<()> {
+    let events = |pod: &str| {
+        let text = std::fs::read_to_string(installed().join("log")).unwrap_or_default();
+        let lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let about = lines.filter(|event| event["pod"]["id"] == pod || event["event"] == "Configure");
+        let names = about.map(|event| event["event"].as_str().unwrap_or_default().to_owned());
+        names.collect::<Vec<_>>()
+    };
+    let pod = t.pod()?;
+    in_order(&events(&pod.id), &["Configure", "RunPodSandbox"])
 }
 
 /// A plugin that runs, and the log of what it was told.
@@ -224,7 +265,7 @@ fn life(t: &Case<'_>) -> Result<()> {
     );
     let create = plugin.wait(t, "CreateContainer", |_| true)?;
     ensure!(
-        create["container"]["name"] == "main" && create["container"]["args"][0] == "/bin/sh",
+        create["container"]["name"] == "main" && create["container"]["args"][0] == "sh",
         "{create}"
     );
     Ok(())

@@ -57,6 +57,7 @@ async fn check(config: &Config) -> Vec<Line> {
     let mut lines = vec![privileges(), cgroups(), favordynmods(config)];
     lines.extend(kernel());
     lines.extend(network(config, &dirs));
+    lines.push(nri(config));
     for handler in handlers.iter() {
         let usable = handler.shim().and_then(|shim| Ok((shim, handler.program()?)));
         lines.push(match usable {
@@ -204,6 +205,25 @@ fn kernel() -> Vec<Line> {
         )
     });
     lines
+}
+
+fn nri(config: &Config) -> Line {
+    let socket = config.nri_socket();
+    let file_type = std::fs::symlink_metadata(&socket).map(|found| found.file_type());
+    if config.nri.disabled {
+        line(Level::Ok, "nri", "disabled by the configuration")
+    } else if config.nri.disable_connections {
+        let directory = config.nri.plugin_path.display();
+        line(Level::Ok, "nri", format!("only plugins in {directory}"))
+    } else if file_type.is_ok_and(|kind| !std::os::unix::fs::FileTypeExt::is_socket(&kind)) {
+        let text = format!(
+            "{} is not a socket: no plugin can connect; remove it, or set nri.socket_path",
+            socket.display()
+        );
+        line(Level::Warn, "nri", text)
+    } else {
+        line(Level::Ok, "nri", format!("plugins connect to {}", socket.display()))
+    }
 }
 
 fn network(config: &Config, dirs: &Dirs) -> Vec<Line> {
