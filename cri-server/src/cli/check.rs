@@ -222,7 +222,11 @@ fn nri(config: &Config) -> Line {
         );
         line(Level::Warn, "nri", text)
     } else {
-        line(Level::Ok, "nri", format!("plugins connect to {}", socket.display()))
+        line(
+            Level::Ok,
+            "nri",
+            format!("plugins connect to {}", socket.display()),
+        )
     }
 }
 

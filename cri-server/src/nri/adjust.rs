@@ -21,7 +21,8 @@ fn parse<T: DeserializeOwned>(field: &str, value: Value) -> Result<T> {
     serde_json::from_value(value).map_err(|error| refused(field, &error.to_string()))
 }
 
-/// Adjusts `spec`, and the limits on record. In a VM there is nothing of the host that a plugin could add.
+/// Adjusts `spec`, and the limits on record. In a VM there is nothing of the host that a plugin could add. CDI
+/// devices are the caller's to inject.
 ///
 /// # Errors
 /// [`Error::FailedPrecondition`] naming the field.
@@ -105,7 +106,7 @@ fn refuse(
     let in_vm = "is of the host, and the container is in a VM";
     let vm = side == Side::Guest;
     for (field, set, problem) in [
-        ("CDI_devices", !cdi.is_empty(), "CDI is not served to plugins"),
+        ("CDI_devices", vm && !cdi.is_empty(), in_vm),
         (
             "linux.cgroups_path",
             !linux.cgroups_path.is_empty(),

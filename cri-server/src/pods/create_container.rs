@@ -344,7 +344,9 @@ async fn ask_plugins(node: &Node, pod: &PodRecord, plan: &mut Plan) -> Result<()
     let Some((adjust, wanted)) = node.nri.create_container(&id, pair).await? else {
         return Ok(());
     };
+    let devices: Vec<String> = adjust.cdi_devices.iter().map(|d| d.name.clone()).collect();
     crate::nri::apply(&mut plan.spec, &mut plan.record.resources, adjust, plan.side)?;
+    inject_cdi_devices(&mut plan.spec, &devices, &node.config.cdi_spec_dirs)?;
     super::update_container::change_others(node, wanted).await
 }
 
