@@ -26,9 +26,13 @@ fn unified(directory: &Path) -> StatsResponse {
         cpu_user_ns: get(&cpu, "user_usec") * 1000,
         cpu_system_ns: get(&cpu, "system_usec") * 1000,
         cpu_throttled_ns: get(&cpu, "throttled_usec") * 1000,
+        cpu_periods: get(&cpu, "nr_periods"),
+        cpu_throttled_periods: get(&cpu, "nr_throttled"),
         memory_usage_bytes: usage,
         memory_working_set_bytes: usage.saturating_sub(get(&memory, "inactive_file")),
         memory_rss_bytes: get(&memory, "anon"),
+        memory_cache_bytes: get(&memory, "file"),
+        oom_kills: get(&pairs(&text(directory, "memory.events")), "oom_kill"),
         memory_limit_bytes: number(directory, "memory.max"),
         page_faults: get(&memory, "pgfault"),
         major_page_faults: get(&memory, "pgmajfault"),
@@ -55,9 +59,13 @@ fn legacy(path: &str) -> StatsResponse {
         cpu_user_ns: get(&split, "user") * tick_ns,
         cpu_system_ns: get(&split, "system") * tick_ns,
         cpu_throttled_ns: get(&throttled, "throttled_time"),
+        cpu_periods: get(&throttled, "nr_periods"),
+        cpu_throttled_periods: get(&throttled, "nr_throttled"),
         memory_usage_bytes: usage,
         memory_working_set_bytes: usage.saturating_sub(get(&stat, "total_inactive_file")),
         memory_rss_bytes: get(&stat, "total_rss"),
+        memory_cache_bytes: get(&stat, "total_cache"),
+        oom_kills: get(&pairs(&text(&memory, "memory.oom_control")), "oom_kill"),
         // The kernel's "no limit" is the largest number of pages.
         memory_limit_bytes: match number(&memory, "memory.limit_in_bytes") {
             limit if limit >= 1 << 62 => 0,
@@ -128,13 +136,14 @@ mod tests {
         for (file, content) in [
             (
                 "cpu.stat",
-                "usage_usec 7\nuser_usec 4\nsystem_usec 3\nthrottled_usec 2\n",
+                "usage_usec 7\nuser_usec 4\nsystem_usec 3\nnr_periods 6\nnr_throttled 5\nthrottled_usec 2\n",
             ),
             (
                 "memory.stat",
                 "anon 100\nfile 50\ninactive_file 30\npgfault 9\npgmajfault 1\n",
             ),
             ("memory.current", "150\n"),
+            ("memory.events", "low 0\noom 2\noom_kill 1\n"),
             ("memory.max", "max\n"),
             ("pids.current", "3\n"),
             ("pids.max", "64\n"),
@@ -149,7 +158,9 @@ mod tests {
         assert_eq!(stats.cpu_usage_ns, 7000);
         assert_eq!(stats.cpu_throttled_ns, 2000);
         assert_eq!(stats.memory_working_set_bytes, 120);
-        assert_eq!(stats.memory_rss_bytes, 100);
+        assert_eq!((stats.cpu_periods, stats.cpu_throttled_periods), (6, 5));
+        assert_eq!((stats.memory_rss_bytes, stats.memory_cache_bytes), (100, 50));
+        assert_eq!(stats.oom_kills, 1);
         assert_eq!(stats.memory_limit_bytes, 0);
         assert_eq!((stats.pids, stats.pids_limit), (3, 64));
         assert_eq!((stats.io_read_bytes, stats.io_write_bytes), (15, 26));

@@ -2,7 +2,9 @@
 
 use catamaran_guest_protocol::v1::StatsResponse;
 use catamaran_sandbox::shim_server::ShimError;
-use containerd_shim_protos::cgroups_v2::metrics::{CPUStat, IOEntry, IOStat, MemoryStat, Metrics, PidsStat};
+use containerd_shim_protos::cgroups_v2::metrics::{
+    CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
+};
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{Message, MessageField};
 
@@ -20,6 +22,8 @@ pub(crate) fn metrics(stats: &StatsResponse) -> Result<Any, ShimError> {
         user_usec: stats.cpu_user_ns / NANOSECONDS_PER_MICROSECOND,
         system_usec: stats.cpu_system_ns / NANOSECONDS_PER_MICROSECOND,
         throttled_usec: stats.cpu_throttled_ns / NANOSECONDS_PER_MICROSECOND,
+        nr_periods: stats.cpu_periods,
+        nr_throttled: stats.cpu_throttled_periods,
         ..Default::default()
     };
     let memory = MemoryStat {
@@ -30,6 +34,7 @@ pub(crate) fn metrics(stats: &StatsResponse) -> Result<Any, ShimError> {
             .memory_usage_bytes
             .saturating_sub(stats.memory_working_set_bytes),
         anon: stats.memory_rss_bytes,
+        file: stats.memory_cache_bytes,
         pgfault: stats.page_faults,
         pgmajfault: stats.major_page_faults,
         swap_usage: stats.swap_usage_bytes,
@@ -50,6 +55,10 @@ pub(crate) fn metrics(stats: &StatsResponse) -> Result<Any, ShimError> {
         memory: MessageField::some(memory),
         io: MessageField::some(IOStat {
             usage: vec![io],
+            ..Default::default()
+        }),
+        memory_events: MessageField::some(MemoryEvents {
+            oom_kill: stats.oom_kills,
             ..Default::default()
         }),
         ..Default::default()
@@ -74,11 +83,16 @@ mod tests {
             cpu_usage_ns: 5_000_000,
             memory_usage_bytes: 100,
             memory_working_set_bytes: 60,
+            cpu_throttled_periods: 4,
+            memory_cache_bytes: 30,
+            oom_kills: 2,
             ..Default::default()
         };
         let any = metrics(&stats).unwrap();
         let read = Metrics::parse_from_bytes(&any.value).unwrap();
         assert_eq!(read.cpu.usage_usec, 5000);
         assert_eq!(read.memory.usage - read.memory.inactive_file, 60);
+        assert_eq!((read.cpu.nr_throttled, read.memory.file), (4, 30));
+        assert_eq!(read.memory_events.oom_kill, 2);
     }
 }
