@@ -44,7 +44,11 @@ impl CpuRates {
             state.samples.retain(|_, samples| samples.last.at_ns >= old);
         }
         let new = Sample { at_ns, used_ns };
-        let Some(known) = state.samples.get_mut(id).filter(|known| used_ns >= known.last.used_ns) else {
+        let Some(known) = state
+            .samples
+            .get_mut(id)
+            .filter(|known| used_ns >= known.last.used_ns)
+        else {
             let first = Samples {
                 base: new,
                 last: new,
@@ -80,7 +84,10 @@ mod tests {
         assert_eq!(rates.sample("a", 20 * SECOND, 5_000_000_100), Some(500_000_000));
         assert_eq!(rates.sample("b", 20 * SECOND, 1), None);
         // Too close: what was said stays, until it is long enough.
-        assert_eq!(rates.sample("a", 20 * SECOND + 5, 5_000_000_100), Some(500_000_000));
+        assert_eq!(
+            rates.sample("a", 20 * SECOND + 5, 5_000_000_100),
+            Some(500_000_000)
+        );
         assert_eq!(rates.sample("a", 30 * SECOND, 5_000_000_100), Some(0));
         // A counter that began anew.
         assert_eq!(rates.sample("a", 40 * SECOND, 7), None);
