@@ -11,14 +11,16 @@ use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
 use k8s_cri::v1::{
     ContainerConfig, ContainerMetadata, CreateContainerRequest, ExecSyncRequest, ImageSpec,
     LinuxContainerConfig, LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
-    NamespaceOption, PodSandboxConfig, PodSandboxMetadata, RemovePodSandboxRequest, RunPodSandboxRequest,
+    ListContainerStatsRequest, ListContainersRequest, ListPodSandboxRequest, NamespaceOption,
+    PodSandboxConfig, PodSandboxMetadata, RemovePodSandboxRequest, RunPodSandboxRequest,
     StartContainerRequest, StopPodSandboxRequest,
 };
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 use tower::service_fn;
 
-/// One connection to a daemon.
+/// One connection to a daemon; clones share it.
+#[derive(Clone)]
 pub(crate) struct Client {
     runtime: RuntimeServiceClient<Channel>,
 }
@@ -29,6 +31,11 @@ fn namespaces() -> NamespaceOption {
         pid: 1,
         ..NamespaceOption::default()
     }
+}
+
+/// A command that ends only when it is killed.
+pub(crate) fn sleep_for_ever() -> Vec<String> {
+    vec!["sleep".to_owned(), "2147483647".to_owned()]
 }
 
 impl Client {
@@ -89,6 +96,22 @@ impl Client {
         image: &str,
         attempt: u32,
     ) -> Result<(String, Duration)> {
+        let begun = Instant::now();
+        let container_id = self
+            .create(pod, pod_config, image, attempt, &sleep_for_ever())
+            .await?;
+        self.start(&container_id).await?;
+        Ok((container_id, begun.elapsed()))
+    }
+
+    pub(crate) async fn create(
+        &mut self,
+        pod: &str,
+        pod_config: &PodSandboxConfig,
+        image: &str,
+        attempt: u32,
+        command: &[String],
+    ) -> Result<String> {
         let config = ContainerConfig {
             metadata: Some(ContainerMetadata {
                 name: "main".to_owned(),
@@ -99,7 +122,7 @@ impl Client {
                 annotations: HashMap::new(),
                 ..ImageSpec::default()
             }),
-            command: vec!["sleep".to_owned(), "2147483647".to_owned()],
+            command: command.to_vec(),
             log_path: format!("main-{attempt}.log"),
             linux: Some(LinuxContainerConfig {
                 security_context: Some(LinuxContainerSecurityContext {
@@ -115,19 +138,40 @@ impl Client {
             config: Some(config),
             sandbox_config: Some(pod_config.clone()),
         };
-        let begun = Instant::now();
-        let container_id = self
-            .runtime
-            .create_container(request)
-            .await?
-            .into_inner()
-            .container_id;
+        let answer = self.runtime.create_container(request).await?;
+        Ok(answer.into_inner().container_id)
+    }
+
+    pub(crate) async fn start(&mut self, container: &str) -> Result<()> {
+        let container_id = container.to_owned();
         self.runtime
-            .start_container(StartContainerRequest {
-                container_id: container_id.clone(),
-            })
+            .start_container(StartContainerRequest { container_id })
             .await?;
-        Ok((container_id, begun.elapsed()))
+        Ok(())
+    }
+
+    /// How many containers' statistics were listed.
+    pub(crate) async fn stats(&mut self) -> Result<(usize, Duration)> {
+        let begun = Instant::now();
+        let request = ListContainerStatsRequest { filter: None };
+        let answer = self.runtime.list_container_stats(request).await?.into_inner();
+        Ok((answer.stats.len(), begun.elapsed()))
+    }
+
+    /// How many containers were listed.
+    pub(crate) async fn list_containers(&mut self) -> Result<(usize, Duration)> {
+        let begun = Instant::now();
+        let request = ListContainersRequest { filter: None };
+        let answer = self.runtime.list_containers(request).await?.into_inner();
+        Ok((answer.containers.len(), begun.elapsed()))
+    }
+
+    /// How many pods were listed.
+    pub(crate) async fn list_pods(&mut self) -> Result<(usize, Duration)> {
+        let begun = Instant::now();
+        let request = ListPodSandboxRequest { filter: None };
+        let answer = self.runtime.list_pod_sandbox(request).await?.into_inner();
+        Ok((answer.items.len(), begun.elapsed()))
     }
 
     pub(crate) async fn exec(&mut self, container: &str) -> Result<Duration> {

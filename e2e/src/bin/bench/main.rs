@@ -1,11 +1,14 @@
 //! Times the CRI verbs and weighs the processes: Catamaran's two handlers and Debian's containerd, interleaved in
 //! one run on one machine, with the same runc, CNI plugins and images; and a VM pod's cold start against a bare
 //! QEMU boot of the same kernel and initramfs.
-//! usage: bench [--rounds N] [--vm-rounds N] [--json FILE] [--check]     --check fails where a mark is missed
+//! usage: bench [--quick] [--rounds N] [--vm-rounds N] [--json FILE] [--check]
+//! --quick makes a smaller crowd, --check fails where a mark is missed
 
 mod bare_vm;
 mod client;
+mod crowd;
 mod report;
+mod throughput;
 mod weight;
 
 use std::path::PathBuf;
@@ -31,6 +34,7 @@ struct Arguments {
     rounds: usize,
     vm_rounds: usize,
     json: Option<PathBuf>,
+    quick: bool,
     check: bool,
 }
 
@@ -56,6 +60,7 @@ fn arguments() -> Result<Arguments> {
         rounds: 20,
         vm_rounds: 5,
         json: None,
+        quick: false,
         check: false,
     };
     let mut words = std::env::args().skip(1);
@@ -65,6 +70,7 @@ fn arguments() -> Result<Arguments> {
             "--rounds" => arguments.rounds = value()?.parse()?,
             "--vm-rounds" => arguments.vm_rounds = value()?.parse()?,
             "--json" => arguments.json = Some(value()?.into()),
+            "--quick" => arguments.quick = true,
             "--check" => arguments.check = true,
             _ => anyhow::bail!("unknown argument {word:?}; see the header of bench/main.rs"),
         }
@@ -121,6 +127,15 @@ async fn run(arguments: &Arguments) -> Result<bool> {
             .await
             .with_context(|| subject.name)?;
     }
+    for subject in subjects.iter_mut().filter(|s| s.handler == "runc") {
+        settle();
+        println!("   bytes through {}", subject.name);
+        let mib = if arguments.quick { 32 } else { 256 };
+        throughput::measure(&mut subject.client, subject.node, subject.name, mib, &mut report)
+            .await
+            .with_context(|| subject.name)?;
+    }
+    many(&mut subjects, arguments, &mut report).await?;
     drop(subjects);
     ours.finish().context("catamaran")?;
     theirs.finish().context("containerd")?;
@@ -130,6 +145,32 @@ async fn run(arguments: &Arguments) -> Result<bool> {
         println!("written to {}", file.display());
     }
     Ok(met || !arguments.check)
+}
+
+/// Eight callers, and the crowd.
+async fn many(subjects: &mut [Subject<'_>], arguments: &Arguments, report: &mut Report) -> Result<()> {
+    let size = if arguments.quick {
+        crowd::Size::quick()
+    } else {
+        crowd::Size::full()
+    };
+    for round in 0..2 {
+        for subject in subjects.iter().filter(|s| s.handler == "runc") {
+            settle();
+            println!("   pods by 8 workers, {}", subject.name);
+            crowd::burst(&subject.client, subject.node, subject.name, &size, round, report)
+                .await
+                .with_context(|| subject.name)?;
+        }
+    }
+    for subject in subjects.iter_mut().filter(|s| s.handler == "runc") {
+        settle();
+        println!("   a crowd of {} pods, {}", size.pods, subject.name);
+        crowd::read(&mut subject.client, subject.node, subject.name, &size, report)
+            .await
+            .with_context(|| subject.name)?;
+    }
+    Ok(())
 }
 
 /// Lets what the one before has put off (the kernel's own teardown of namespaces too) end, so that nobody is
