@@ -53,7 +53,12 @@ pub(super) async fn containers(pods: &Pods, filter: &api::ContainerStatsFilter) 
     many(pods.node(), wanted).await
 }
 
-/// Statistics of many containers: all cgroups of this host on one blocking thread, guests beside each other.
+/// Threads that read cgroups for one request.
+fn readers() -> usize {
+    std::thread::available_parallelism().map_or(1, |count| count.get().min(4))
+}
+
+/// Statistics of many containers: the cgroups of this host shared out to a few threads, guests beside each other.
 async fn many(
     node: &Arc<Node>,
     wanted: Vec<(Arc<PodView>, Arc<ContainerRecord>)>,
@@ -61,20 +66,21 @@ async fn many(
     let (guests, hosts): (Vec<_>, Vec<_>) = wanted
         .into_iter()
         .partition(|(view, _)| handler_kind(&view.pod) == HandlerType::Vm);
-    let on_host = {
-        let node = node.clone();
+    let each = hosts.len().div_ceil(readers()).max(1);
+    let on_host = join_all(hosts.chunks(each).map(|chunk| {
+        let (node, chunk) = (node.clone(), chunk.to_vec());
         blocking(move || {
-            let one = |(view, record): (Arc<PodView>, Arc<ContainerRecord>)| {
-                let path = cgroup_path(&node, &view.pod, &record).ok()?;
+            let one = |(view, record): &(Arc<PodView>, Arc<ContainerRecord>)| {
+                let path = cgroup_path(&node, &view.pod, record).ok()?;
                 let used = read(catamaran_cgroups::container_stats, &path).ok()?;
-                Some(container_message(&node, &record, used))
+                Some(container_message(&node, record, used))
             };
-            Ok(hosts.into_iter().filter_map(one).collect::<Vec<_>>())
+            Ok(chunk.iter().filter_map(one).collect::<Vec<_>>())
         })
-    };
+    }));
     let in_guests = join_all(guests.iter().map(|(view, record)| container(node, view, record)));
     let (on_host, in_guests) = tokio::join!(on_host, in_guests);
-    let mut all = on_host.unwrap_or_default();
+    let mut all: Vec<_> = on_host.into_iter().filter_map(Result::ok).flatten().collect();
     all.extend(in_guests.into_iter().filter_map(|stats| match stats {
         Ok(stats) => Some(stats),
         Err(error) => {

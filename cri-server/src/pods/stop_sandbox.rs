@@ -8,9 +8,11 @@ use futures::future::join_all;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::handler_kind;
 use super::record::PodView;
 use super::stop_container::{self, over};
 use super::teardown;
+use crate::config::HandlerType;
 use crate::error::{Error, Result, chain};
 use crate::node::Node;
 use crate::shim::Shim;
@@ -45,12 +47,18 @@ pub(super) async fn run(
             result?;
         }
         Ok(())
-    })
-    .await;
-    // A VM's network device goes with the VM, so the network is released when the sandbox has ended.
-    let network = match pod.netns() {
-        Some(_) => teardown::release_network(&node, &pod.id).await,
-        None => Ok(()),
+    });
+    let network = async {
+        match pod.netns() {
+            Some(_) => teardown::release_network(&node, &pod.id).await,
+            None => Ok(()),
+        }
+    };
+    let (sandbox, network) = match handler_kind(&pod) {
+        // Nothing that the shim does to end them needs the network.
+        HandlerType::Oci => tokio::join!(sandbox, network),
+        // A VM's network device goes with the VM, so the network is released when the sandbox has ended.
+        HandlerType::Vm => (sandbox.await, network.await),
     };
     let mut first: Option<Error> = None;
     for result in [sandbox, network] {

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// One mounted hierarchy.
 struct Hierarchy {
@@ -49,6 +50,36 @@ fn hierarchy(line: &str) -> Option<Hierarchy> {
         mountpoint: mountpoint.into(),
         root: root.to_owned(),
     })
+}
+
+/// To be called before a runtime that will move a process into a cgroup is started. Unless `favordynmods` is
+/// set, the first such move on a quiet host waits for an RCU grace period, 5 to 20 ms, and those soon after it do
+/// not (`cgroup_threadgroup_rwsem`, kernel/cgroup/cgroup.c). So this process is moved to the cgroup that it is in,
+/// which changes nothing, while the runtime starts: its own move then finds the wait behind it or half over.
+pub(crate) fn hasten_move() {
+    static AT_WORK: AtomicBool = AtomicBool::new(false);
+    if AT_WORK.swap(true, Ordering::AcqRel) {
+        return;
+    }
+    let thread = std::thread::Builder::new().stack_size(64 * 1024).spawn(|| {
+        if let Err(error) = move_to_own() {
+            tracing::debug!(%error, "the cgroups' grace period is not begun early");
+        }
+        AT_WORK.store(false, Ordering::Release);
+    });
+    if let Err(error) = thread {
+        AT_WORK.store(false, Ordering::Release);
+        tracing::debug!(%error, "starting a thread");
+    }
+}
+
+/// Moves this process to where it is.
+fn move_to_own() -> std::io::Result<()> {
+    let own = Cgroup::of_process(std::process::id())?;
+    let directory = own.v1.first().map(|(_, path)| path).or(own.v2.as_ref());
+    let directory = directory.ok_or(std::io::ErrorKind::NotFound)?;
+    // Zero is who writes.
+    std::fs::write(directory.join("cgroup.procs"), "0")
 }
 
 impl Cgroup {
@@ -240,6 +271,13 @@ pub(crate) fn value_of(text: &str, key: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_move_to_the_own_cgroup_changes_nothing() {
+        let before = std::fs::read_to_string("/proc/self/cgroup").unwrap();
+        move_to_own().unwrap();
+        assert_eq!(std::fs::read_to_string("/proc/self/cgroup").unwrap(), before);
+    }
 
     #[test]
     fn lines_of_mountinfo_are_read() {

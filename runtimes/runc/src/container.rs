@@ -17,7 +17,7 @@ use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 use tokio::net::unix::pipe;
 
-use crate::cgroup::Cgroup;
+use crate::cgroup::{Cgroup, hasten_move};
 use crate::cleanup;
 use crate::console::{ConsoleSocket, Terminal};
 use crate::mounts;
@@ -144,6 +144,7 @@ impl OciContainer {
         request: &CreateContainer,
     ) -> Result<(Arc<dyn ContainerBackend>, Process), ShimError> {
         let bundle = &request.bundle;
+        hasten_move();
         let user = shared.user.as_ref().map(AsFd::as_fd);
         mounts::mount_rootfs(&request.rootfs, &bundle.join("rootfs"), user)
             .map_err(|error| ShimError::internal("make the root file system", &error))?;
@@ -285,6 +286,7 @@ impl ContainerBackend for OciContainer {
     }
 
     async fn exec(&self, request: ExecProcess) -> Result<Process, ShimError> {
+        hasten_move();
         let console =
             self.shared
                 .context

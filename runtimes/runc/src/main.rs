@@ -2,7 +2,8 @@
 //! states, logs and sessions are the sandbox crate's `shim_server`; here is what is particular to namespaces,
 //! cgroups and the runtime's command line.
 //!
-//! One thread, one tokio runtime; short-lived threads only where a namespace must be entered.
+//! One thread, one tokio runtime; short-lived threads only where a namespace must be entered or the kernel makes
+//! a write to a cgroup wait.
 
 mod cgroup;
 mod cleanup;
