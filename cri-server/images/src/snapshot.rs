@@ -225,6 +225,7 @@ pub(crate) async fn release(inner: &Arc<Inner>, key: &str) -> Result<()> {
     let last_use = {
         let mut state = inner.state();
         state.leases.remove(key);
+        state.measured.remove(key);
         lease.layers.iter().any(|chain_id| !state.is_live(chain_id))
     };
     let cleared = blocking(move || remove_tree(&gone)).await;

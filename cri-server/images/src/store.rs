@@ -33,6 +33,9 @@ pub struct ImageStore {
     pub(crate) inner: Arc<Inner>,
 }
 
+/// A writable layer is measured again after this time, as often as the kubelet asks for statistics.
+const USAGE_AGE_NS: i64 = 10_000_000_000;
+
 pub(crate) struct Inner {
     pub(crate) config: ImagesConfig,
     /// `config.pinned`, normalised.
@@ -56,6 +59,8 @@ pub(crate) struct State {
     /// Uses by pulls in flight.
     pub(crate) pins: HashMap<String, usize>,
     pub(crate) leases: HashMap<String, Lease>,
+    /// Writable layers as they were measured last, by container.
+    pub(crate) measured: HashMap<String, SnapshotUsage>,
 }
 
 pub(crate) fn now_ns() -> i64 {
@@ -218,27 +223,38 @@ impl ImageStore {
         keys
     }
 
-    /// Measures a container's writable layer.
+    /// Measures a container's writable layer, unless that was done less than 10 s ago: walking many
+    /// layers for each list of statistics would cost more than everything else in it. The answer has the time.
     ///
     /// # Errors
     /// [`Error::NotFound`] when the container has none; failures of the file system.
     pub fn snapshot_usage(&self, container_id: &str) -> Result<SnapshotUsage> {
-        let held = self
-            .inner
-            .state()
-            .leases
-            .get(container_id)
-            .map(|lease| lease.image_mount);
-        if held != Some(false) {
-            return Err(Error::NotFound(format!("snapshot of container {container_id}")));
+        {
+            let state = self.inner.state();
+            if state.leases.get(container_id).map(|lease| lease.image_mount) != Some(false) {
+                return Err(Error::NotFound(format!("snapshot of container {container_id}")));
+            }
+            // A clock that was set back makes no measure recent.
+            let recent = |usage: &&SnapshotUsage| {
+                (0..USAGE_AGE_NS).contains(&now_ns().saturating_sub(usage.timestamp_ns))
+            };
+            if let Some(usage) = state.measured.get(container_id).filter(recent) {
+                return Ok(usage.clone());
+            }
         }
         let (bytes, inodes) =
             layer::disk_usage(&self.inner.config.snapshots.join(container_id).join("upper"))?;
-        Ok(SnapshotUsage {
+        let usage = SnapshotUsage {
             bytes,
             inodes,
             timestamp_ns: now_ns(),
-        })
+        };
+        let mut state = self.inner.state();
+        // It may have been released meanwhile.
+        if state.leases.contains_key(container_id) {
+            state.measured.insert(container_id.to_owned(), usage.clone());
+        }
+        Ok(usage)
     }
 
     /// Reads a regular file of an image, links followed inside the image only; `None` when there is no such file.

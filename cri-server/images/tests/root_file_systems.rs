@@ -91,6 +91,12 @@ async fn a_container_sees_the_layers_merged_and_writes_to_its_own() {
     assert!(snapshot.upper.join("etc/new").exists());
     let usage = store.snapshot_usage("c1").unwrap();
     assert!(usage.bytes >= 100_000 && usage.inodes >= 3, "{usage:?}");
+    std::fs::write(snapshot.upper.join("more"), "x").unwrap();
+    assert_eq!(
+        store.snapshot_usage("c1").unwrap(),
+        usage,
+        "measured a moment ago"
+    );
     assert_eq!(
         store.prepare(&image.id, "c1", false).await.unwrap(),
         snapshot,
