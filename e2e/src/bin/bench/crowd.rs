@@ -57,7 +57,7 @@ where
     let next = Arc::new(AtomicUsize::new(0));
     let mut set: JoinSet<Result<T>> = JoinSet::new();
     let mut results = Vec::new();
-    let mut begin = |set: &mut JoinSet<Result<T>>| {
+    let begin = |set: &mut JoinSet<Result<T>>| {
         let number = next.fetch_add(1, Ordering::Relaxed);
         if number < count {
             set.spawn(work(client.clone(), number));
