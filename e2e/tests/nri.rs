@@ -72,11 +72,7 @@ fn run() -> ExitCode {
         .one(Runc, "updates_in_answers_and_on_a_plugins_own", updates)
         .one(Runc, "a_validating_plugin_may_veto", veto)
         .one(Runc, "a_plugin_that_hangs_is_left_behind", hangs)
-        .one(
-            Runc,
-            "a_plugin_that_hangs_in_synchronize",
-            hangs_in_synchronize,
-        )
+        .one(Runc, "a_plugin_that_hangs_in_synchronize", hangs_in_synchronize)
         .one(Runc, "a_plugin_that_dies_in_a_request", dies)
         .one(Runc, "garbage_on_the_socket", garbage)
         .one(Runc, "a_daemon_that_starts_again_synchronizes_its_pods", restart)
@@ -108,7 +104,9 @@ fn options() -> Result<Options> {
 fn launched(t: &Case<'_>) -> Result<()> {
     let events = |pod: &str| {
         let text = std::fs::read_to_string(installed().join("log")).unwrap_or_default();
-        let lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let lines = text
+            .lines()
+            .filter_map(|line| serde_json::from_str::<Value>(line).ok());
         let about = lines.filter(|event| event["pod"]["id"] == pod || event["event"] == "Configure");
         let names = about.map(|event| event["event"].as_str().unwrap_or_default().to_owned());
         names.collect::<Vec<_>>()

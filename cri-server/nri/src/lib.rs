@@ -174,7 +174,8 @@ impl Nri {
             return;
         };
         inner.stop.cancel();
-        for plugin in std::mem::take(&mut *lock(&inner.plugins)).iter() {
+        let plugins = std::mem::take(&mut *lock(&inner.plugins));
+        for plugin in plugins.iter() {
             plugin.end("the runtime ends").await;
         }
     }

@@ -300,7 +300,7 @@ impl Step<'_> {
     }
 
     fn resources(&mut self, from: &LinuxResources) -> Result<(), Error> {
-        let memory = from.memory.clone().unwrap_or_default();
+        let memory = from.memory.unwrap_or_default();
         let cpu = from.cpu.clone().unwrap_or_default();
         for (field, set) in [
             (Field::MemLimit, memory.limit.is_some()),

@@ -116,11 +116,8 @@ mod tests {
         #[test]
         fn any_bytes_end_in_frames_or_an_error(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             let mut stream = &bytes[..];
-            loop {
-                match run(read(&mut stream)) {
-                    Ok(frame) => prop_assert!(frame.payload.len() <= bytes.len()),
-                    Err(_) => break,
-                }
+            while let Ok(frame) = run(read(&mut stream)) {
+                prop_assert!(frame.payload.len() <= bytes.len());
             }
         }
     }

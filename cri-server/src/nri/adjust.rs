@@ -278,11 +278,11 @@ fn resources(
 ) -> Result<()> {
     // By JSON: what is not wanted stays as it is.
     let mut json = serde_json::to_value(&*into).map_err(|e| Error::Internal(e.to_string()))?;
-    let memory = wanted.memory.clone().unwrap_or_default();
+    let memory = wanted.memory.unwrap_or_default();
     let cpu = wanted.cpu.clone().unwrap_or_default();
     macro_rules! set {
         ($part:literal: $($key:literal = $value:expr),* $(,)?) => { $(if let Some(wanted) = &$value {
-            json[$part][$key] = wanted.value.clone().into();
+            json[$part][$key] = wanted.value.into();
         })* };
     }
     set!("memory": "limit" = memory.limit, "reservation" = memory.reservation, "swap" = memory.swap,

@@ -236,7 +236,7 @@ pub(crate) fn resources(from: &LinuxContainerResources) -> api::LinuxResources {
 /// # Errors
 /// [`Error::FailedPrecondition`] naming a limit that an update cannot set.
 pub(crate) fn to_cri(from: &api::LinuxResources, of: &str) -> Result<LinuxContainerResources> {
-    let memory = from.memory.clone().unwrap_or_default();
+    let memory = from.memory.unwrap_or_default();
     let cpu = from.cpu.clone().unwrap_or_default();
     for (field, set) in [
         ("memory.reservation", memory.reservation.is_some()),
