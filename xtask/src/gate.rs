@@ -89,11 +89,20 @@ fn lints(report: &mut Report) -> Result<(), Failure> {
         let (code, log) = Step::new(name, words).watch(|_| {})?;
         if code != 0 {
             let text = std::fs::read_to_string(&log).unwrap_or_default();
-            println!("{}", text.lines().take(80).collect::<Vec<_>>().join("\n"));
+            println!("{}", complaints(&text));
         }
         report.check(name, code == 0);
     }
     Ok(())
+}
+
+/// What a lint complains of: cargo's own progress would push it out of sight.
+fn complaints(log: &str) -> String {
+    let progress = ["Checking ", "Compiling ", "Downloaded ", "Downloading ", "Blocking "];
+    let told = log
+        .lines()
+        .filter(|line| !progress.iter().any(|word| line.trim_start().starts_with(word)));
+    told.take(120).collect::<Vec<_>>().join("\n")
 }
 
 fn component_missing(name: &str) -> bool {

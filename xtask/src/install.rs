@@ -60,6 +60,7 @@ pub(crate) fn run(destination: &Path) -> Result<(), Failure> {
 }
 
 fn copy_tree(entries: std::fs::ReadDir, to: &Path) -> Result<(), Failure> {
+    std::fs::create_dir_all(to).map_err(|e| format!("{}: {e}", to.display()))?;
     for entry in entries {
         let entry = entry.map_err(|e| format!("reading the guest directory: {e}"))?;
         let (from, to) = (entry.path(), to.join(entry.file_name()));

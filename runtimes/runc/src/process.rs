@@ -175,13 +175,34 @@ pub(crate) fn kill_cgroup(cgroup: &Cgroup) {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+    use std::time::{Duration, Instant};
+
     use super::*;
 
+    /// A leader of a session, so that the expected session is known: the test's own may have begun outside this PID
+    /// namespace, and then reads as 0.
     #[test]
     fn stat_survives_a_strange_name() {
-        let own = stat(std::process::id().cast_signed()).unwrap();
-        assert_eq!(own.parent, std::os::unix::process::parent_id().cast_signed());
-        assert!(own.session > 0);
+        let directory = tempfile::tempdir().unwrap();
+        let program = directory.path().join(") R 1 (x");
+        std::fs::copy("/bin/sleep", &program).unwrap();
+        let mut child = Command::new("setsid").arg(&program).arg("60").spawn().unwrap();
+        let pid = child.id().cast_signed();
+        let expected = Stat {
+            parent: std::process::id().cast_signed(),
+            session: pid,
+        };
+        let begun = Instant::now();
+        let mut name = String::new();
+        while name.trim_end() != ") R 1 (x" && begun.elapsed() < Duration::from_secs(10) {
+            std::thread::sleep(Duration::from_millis(5));
+            name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap();
+        }
+        let found = stat(pid);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!((name.trim_end(), found), (") R 1 (x", Some(expected)));
         assert_eq!(stat(i32::MAX), None);
     }
 }
