@@ -14,9 +14,9 @@ pub struct ImagesConfig {
     pub snapshots: PathBuf,
     /// Directories of `<registry>/hosts.toml`, the first that knows the registry wins.
     pub hosts_dirs: Vec<PathBuf>,
-    /// Layers downloaded at once, over all pulls.
+    /// Layers downloaded at once for one image.
     pub max_parallel_downloads: usize,
-    /// A pull fails when a registry sends nothing for this long.
+    /// A registry that does not answer for this long, or brings less than 1 KiB/s over it, has stalled.
     pub progress_timeout: Duration,
     /// Credentials in the format of docker's `config.json` (`auths` only), for pulls without any of their own.
     pub docker_config: Option<PathBuf>,

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use crate::error::{Error, Result};
 use crate::layer::{self, Expected, Limits, Merged};
 use crate::metadata::LayerRecord;
+use crate::places::PullPlaces;
 use crate::registry::{Blob, Registry};
 use crate::store::{Inner, blocking, remove_tree};
 
@@ -23,10 +24,19 @@ pub(crate) struct Job {
     pub(crate) expected: Expected,
 }
 
+/// What the layers of one pull share.
+#[derive(Clone, Copy)]
+pub(crate) struct Work<'a> {
+    pub(crate) inner: &'a Arc<Inner>,
+    pub(crate) registry: &'a Registry,
+    pub(crate) places: &'a PullPlaces<'a>,
+    pub(crate) stop: &'a CancellationToken,
+}
+
 /// Why a layer is not there.
 pub(crate) enum Stopped {
     Failed(Error),
-    /// Another layer of the image failed.
+    /// Another layer of the image failed, or nobody waits for the pull.
     ByOther,
 }
 
@@ -56,13 +66,8 @@ impl Drop for Claim {
 }
 
 /// Has one layer complete and pinned, by its own work or by another pull's.
-pub(crate) async fn obtain(
-    inner: &Arc<Inner>,
-    registry: &Registry,
-    job: &Job,
-    below: Below<'_>,
-    stop: &CancellationToken,
-) -> std::result::Result<(), Stopped> {
+pub(crate) async fn obtain(work: Work<'_>, job: &Job, below: Below<'_>) -> std::result::Result<(), Stopped> {
+    let Work { inner, stop, .. } = work;
     let claim = loop {
         let mut other = {
             let mut state = inner.state();
@@ -89,7 +94,7 @@ pub(crate) async fn obtain(
         }
     };
     let name = inner.fresh_name();
-    let result = fetch(inner, registry, job, &name, below, stop).await;
+    let result = fetch(work, job, &name, below).await;
     if result.is_err() {
         let aside = inner.config.root.join("tmp").join(&name);
         if let Err(error) = blocking(move || remove_tree(&aside)).await {
@@ -107,20 +112,22 @@ pub(crate) async fn obtain(
 }
 
 async fn fetch(
-    inner: &Arc<Inner>,
-    registry: &Registry,
+    work: Work<'_>,
     job: &Job,
     name: &str,
     below: Below<'_>,
-    stop: &CancellationToken,
 ) -> std::result::Result<LayerRecord, Stopped> {
+    let Work {
+        inner,
+        registry,
+        places,
+        stop,
+    } = work;
     let aside = inner.config.root.join("tmp").join(name);
     let root = aside.join("fs");
     let (unpacked, bytes, inodes) = {
-        let _permit = tokio::select! {
-            permit = inner.downloads.acquire() => {
-                permit.map_err(|_| Error::Internal("the download permits are gone".into()))?
-            }
+        let _place = tokio::select! {
+            place = places.take() => place?,
             () = stop.cancelled() => return Err(Stopped::ByOther),
         };
         let (sender, receiver) = mpsc::channel(PIPE);

@@ -14,6 +14,19 @@ use toml::{Table, Value};
 
 use crate::error::{Error, Result};
 
+/// Keys of a host and of the file; `dial_timeout` is accepted, connecting has a bound of its own.
+const KEYS: [&str; 9] = [
+    "server",
+    "host",
+    "capabilities",
+    "ca",
+    "client",
+    "skip_verify",
+    "header",
+    "override_path",
+    "dial_timeout",
+];
+
 /// One endpoint of a registry.
 #[derive(Debug, Clone)]
 pub(crate) struct RegistryHost {
@@ -197,6 +210,11 @@ fn endpoint(
         Some(Value::Boolean(flag)) => Ok(*flag),
         Some(_) => Err(bad(format!("{key:?} must be true or false"))),
     };
+    for key in table.keys() {
+        if !KEYS.contains(&key.as_str()) {
+            tracing::warn!(file = %file.display(), key, "unknown key is ignored");
+        }
+    }
     let mut host = match url {
         None => own.clone(),
         Some(text) => RegistryHost::at(base_url(text, flag("override_path")?).map_err(bad)?),
@@ -216,8 +234,10 @@ fn endpoint(
             match capability.as_str() {
                 "pull" => host.pull = true,
                 "resolve" => host.resolve = true,
-                "push" => {}
-                other => return Err(bad(format!("capability {other:?} is not pull, resolve or push"))),
+                "push" | "referrers" => {}
+                other => tracing::warn!(
+                    file = %file.display(), capability = other, "unknown capability; a pull needs pull and resolve"
+                ),
             }
         }
     }
@@ -406,6 +426,18 @@ mod tests {
     }
 
     #[test]
+    fn what_a_pull_does_not_need_is_passed_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = dir.path().join("r.example");
+        std::fs::create_dir(&place).unwrap();
+        let text = "[host.\"http://x\"]\ncapabilities = [\"pull\", \"resolve\", \"referrers\", \"fly\"]\n\
+            dial_timeout = \"3s\"\nnovel = 1\n";
+        std::fs::write(place.join("hosts.toml"), text).unwrap();
+        let hosts = hosts_for(&[dir.path().to_owned()], "r.example").unwrap();
+        assert!(hosts[0].pull && hosts[0].resolve);
+    }
+
+    #[test]
     fn mistakes_name_the_file() {
         let dir = tempfile::tempdir().unwrap();
         let place = dir.path().join("r.example");
@@ -415,7 +447,7 @@ mod tests {
             "[host]\n\"http://x\" = 1",
             "not toml at all",
             "[host.\"ftp://x\"]",
-            "[host.\"http://x\"]\ncapabilities = [\"fly\"]",
+            "[host.\"http://x\"]\ncapabilities = [1]",
             "[host.\"http://x\"]\nskip_verify = \"yes\"",
             "[host.\"http://x\"]\nclient = [[\"a\"]]",
             "[host.\"http://x\".header]\n\"bad name\" = \"x\"",

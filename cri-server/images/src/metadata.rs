@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use redb::{Database, ReadableTable, TableDefinition};
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, TableError};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Cause, Error, Result};
@@ -118,42 +118,62 @@ impl Metadata {
     }
 }
 
+/// Reads all records. An empty file gets its tables; otherwise nothing is written, so that a full disk does not
+/// keep the store closed.
 fn prepare(database: &Database) -> Result<Records> {
-    let transaction = database.begin_write().map_err(failed("begin"))?;
-    let mut records = Records::default();
-    {
-        let mut meta = transaction.open_table(META).map_err(failed("open a table"))?;
-        let version = meta
-            .get("version")
-            .map_err(failed("read"))?
-            .map(|value| value.value());
-        match version {
-            None => drop(meta.insert("version", VERSION).map_err(failed("write"))?),
-            Some(VERSION) => {}
-            Some(other) => {
-                return Err(Error::Unsupported(format!(
-                    "image metadata of version {other}; this program writes version {VERSION}: upgrade it or remove \
-                     the images directory"
-                )));
-            }
-        }
-        let images = transaction.open_table(IMAGES).map_err(failed("open a table"))?;
-        for entry in images.iter().map_err(failed("read"))? {
-            let (id, record) = entry.map_err(failed("read"))?;
-            records
-                .images
-                .insert(id.value().to_owned(), parse(record.value())?);
-        }
-        let layers = transaction.open_table(LAYERS).map_err(failed("open a table"))?;
-        for entry in layers.iter().map_err(failed("read"))? {
-            let (id, record) = entry.map_err(failed("read"))?;
-            records
-                .layers
-                .insert(id.value().to_owned(), parse(record.value())?);
+    match read(database)? {
+        Some(records) => Ok(records),
+        None => {
+            make_tables(database)?;
+            Ok(Records::default())
         }
     }
-    transaction.commit().map_err(failed("commit"))?;
-    Ok(records)
+}
+
+fn read(database: &Database) -> Result<Option<Records>> {
+    let transaction = database.begin_read().map_err(failed("begin"))?;
+    let meta = match transaction.open_table(META) {
+        Err(TableError::TableDoesNotExist(_)) => return Ok(None),
+        other => other.map_err(failed("open a table"))?,
+    };
+    let version = meta
+        .get("version")
+        .map_err(failed("read"))?
+        .map(|value| value.value());
+    if version != Some(VERSION) {
+        return Err(Error::Unsupported(format!(
+            "image metadata of version {}; this program writes version {VERSION}: upgrade it or remove the images \
+             directory",
+            version.unwrap_or(0)
+        )));
+    }
+    let mut records = Records::default();
+    let images = transaction.open_table(IMAGES).map_err(failed("open a table"))?;
+    for entry in images.iter().map_err(failed("read"))? {
+        let (id, record) = entry.map_err(failed("read"))?;
+        records
+            .images
+            .insert(id.value().to_owned(), parse(record.value())?);
+    }
+    let layers = transaction.open_table(LAYERS).map_err(failed("open a table"))?;
+    for entry in layers.iter().map_err(failed("read"))? {
+        let (id, record) = entry.map_err(failed("read"))?;
+        records
+            .layers
+            .insert(id.value().to_owned(), parse(record.value())?);
+    }
+    Ok(Some(records))
+}
+
+fn make_tables(database: &Database) -> Result<()> {
+    let transaction = database.begin_write().map_err(failed("begin"))?;
+    {
+        let mut meta = transaction.open_table(META).map_err(failed("open a table"))?;
+        meta.insert("version", VERSION).map_err(failed("write"))?;
+        transaction.open_table(IMAGES).map_err(failed("open a table"))?;
+        transaction.open_table(LAYERS).map_err(failed("open a table"))?;
+    }
+    transaction.commit().map_err(failed("commit"))
 }
 
 fn apply(database: &Database, changes: &Changes) -> Result<()> {

@@ -4,8 +4,8 @@
 //! it arrives, below `tmp`, and moved to `layers` when its digests were verified. Nothing of it counts until the
 //! last step: one sync of the file system, then one transaction that records the image with its layers.
 
-use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, PoisonError};
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use tokio::sync::watch;
@@ -14,9 +14,10 @@ use tokio_util::sync::CancellationToken;
 use crate::credentials::{self, Auth};
 use crate::digest::{Digest, chain_ids};
 use crate::error::{Error, Result};
-use crate::fetch::{Below, Job, Stopped, obtain};
+use crate::fetch::{Below, Job, Stopped, Work, obtain};
 use crate::hosts;
 use crate::image::{Image, diff_ids, parse_config};
+use crate::kept;
 use crate::layer::{self, Expected};
 use crate::manifest::{self, Content, Descriptor, ImageManifest};
 use crate::metadata::{Changes, ImageRecord};
@@ -24,62 +25,13 @@ use crate::reference::{Pick, Reference};
 use crate::registry::{MAX_DOCUMENT, Manifest, Registry};
 use crate::store::{Inner, blocking};
 
-type Key = (Reference, Option<Auth>);
-type Outcome = Option<Result<Arc<Image>>>;
-/// Attempts others can join.
-pub(crate) type InFlight = HashMap<Key, watch::Receiver<Outcome>>;
-
-/// Waits for the attempt in flight, starting one where there is none.
-pub(crate) async fn join(inner: &Arc<Inner>, reference: Reference, auth: Option<Auth>) -> Result<Arc<Image>> {
-    let key = (reference, auth);
-    let mut outcome = {
-        let mut in_flight = inner.in_flight.lock().unwrap_or_else(PoisonError::into_inner);
-        match in_flight.get(&key) {
-            Some(outcome) => outcome.clone(),
-            None => {
-                let (sender, outcome) = watch::channel(None);
-                in_flight.insert(key.clone(), outcome.clone());
-                let entry = Entry {
-                    inner: inner.clone(),
-                    key,
-                };
-                tokio::spawn(async move {
-                    let result = pull(&entry.inner, &entry.key.0, entry.key.1.as_ref()).await;
-                    // A retry after this failure starts anew.
-                    drop(entry);
-                    sender.send_replace(Some(result));
-                });
-                outcome
-            }
-        }
-    };
-    let result = outcome
-        .wait_for(Option::is_some)
-        .await
-        .map(|result| result.clone());
-    result
-        .ok()
-        .flatten()
-        .unwrap_or_else(|| Err(Error::Internal("the pull ended without a result".into())))
-}
-
-/// Takes an attempt off the list however it ends.
-struct Entry {
-    inner: Arc<Inner>,
-    key: Key,
-}
-
-impl Drop for Entry {
-    fn drop(&mut self) {
-        self.inner
-            .in_flight
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(&self.key);
-    }
-}
-
-async fn pull(inner: &Arc<Inner>, reference: &Reference, auth: Option<&Auth>) -> Result<Arc<Image>> {
+/// Pulls an image; `abandoned` stops the transfers, and the pull fails.
+pub(crate) async fn pull(
+    inner: &Arc<Inner>,
+    reference: &Reference,
+    auth: Option<&Auth>,
+    abandoned: &CancellationToken,
+) -> Result<Arc<Image>> {
     let hosts = hosts::hosts_for(&inner.config.hosts_dirs, &reference.registry)?;
     let credentials = |host: &hosts::RegistryHost| match (auth, &inner.config.docker_config) {
         (Some(auth), _) => Ok(Some(auth.clone())),
@@ -99,22 +51,42 @@ async fn pull(inner: &Arc<Inner>, reference: &Reference, auth: Option<&Auth>) ->
         credentials,
         inner.config.progress_timeout,
     )?;
-    let target = Target::find(inner, &registry).await?;
+    let gave_up = || Error::Timeout {
+        what: format!("pulling {reference}: nobody waits for it any more"),
+        seconds: 0,
+    };
+    let (places, target) = tokio::select! {
+        found = async { Ok((inner.places.for_pull().await?, Target::find(inner, &registry).await?)) } => found?,
+        () = abandoned.cancelled() => return Err(gave_up()),
+    };
     let mut pins = Pins {
         inner: inner.clone(),
         chain_ids: Vec::new(),
     };
-    let result = match target.fetch_layers(inner, &registry, &mut pins).await {
-        Ok(()) => target.commit(inner, reference).await,
-        Err(error) => Err(error),
+    let stop = abandoned.child_token();
+    let work = Work {
+        inner,
+        registry: &registry,
+        places: &places,
+        stop: &stop,
     };
-    drop(pins);
-    if let Ok(image) = &result {
-        tracing::info!(image = %reference, id = %image.id, bytes = image.size, "pulled");
-    } else {
-        let _changes = inner.changes.lock().await;
-        if let Err(error) = inner.collect_layers().await {
-            tracing::warn!(image = %reference, %error, "layers of a failed pull cannot be removed");
+    let result = match target.fetch_layers(work, &mut pins).await {
+        Ok(()) => target.commit(inner, reference).await,
+        Err(Stopped::Failed(error)) => Err(error),
+        Err(Stopped::ByOther) => Err(gave_up()),
+    };
+    match &result {
+        Ok(image) => {
+            drop(pins);
+            tracing::info!(image = %reference, id = %image.id, bytes = image.size, "pulled");
+        }
+        Err(error) => {
+            kept::after_failure(inner, &pins.chain_ids, error);
+            drop(pins);
+            let _changes = inner.changes.lock().await;
+            if let Err(error) = inner.collect_layers().await {
+                tracing::warn!(image = %reference, %error, "layers of a failed pull cannot be removed");
+            }
         }
     }
     result
@@ -221,26 +193,25 @@ impl Target {
     }
 
     /// Has all layers ready and pinned, or fails with the first failure after the others have stopped.
-    async fn fetch_layers(&self, inner: &Arc<Inner>, registry: &Registry, pins: &mut Pins) -> Result<()> {
-        let stop = CancellationToken::new();
+    async fn fetch_layers(&self, work: Work<'_>, pins: &mut Pins) -> std::result::Result<(), Stopped> {
         let ready: Vec<watch::Sender<bool>> = self.layers.iter().map(|_| watch::Sender::new(false)).collect();
-        let work = self.layers.iter().enumerate().map(|(index, job)| {
-            let (stop, ready) = (&stop, &ready);
+        let layers = self.layers.iter().enumerate().map(|(index, job)| {
+            let ready = &ready;
             async move {
                 let below = Below {
                     jobs: &self.layers[..index],
                     ready: &ready[..index],
                 };
-                let result = obtain(inner, registry, job, below, stop).await;
+                let result = obtain(work, job, below).await;
                 match &result {
                     Ok(()) => drop(ready[index].send_replace(true)),
-                    Err(_) => stop.cancel(),
+                    Err(_) => work.stop.cancel(),
                 }
                 result
             }
         });
         let mut first = Ok(());
-        for (job, result) in self.layers.iter().zip(futures::future::join_all(work).await) {
+        for (job, result) in self.layers.iter().zip(futures::future::join_all(layers).await) {
             match result {
                 Ok(()) => pins.chain_ids.push(job.chain_id.clone()),
                 // A layer that was stopped says less than the one that failed.
@@ -249,8 +220,8 @@ impl Target {
             }
         }
         match first {
-            Ok(()) if stop.is_cancelled() => Err(Error::Internal("a layer stopped without a reason".into())),
-            other => other,
+            Ok(()) if work.stop.is_cancelled() => Err(Stopped::ByOther),
+            other => other.map_err(Stopped::Failed),
         }
     }
 

@@ -14,16 +14,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 
+use crate::attempts::InFlight;
 use crate::config::{FsUsage, ImagesConfig, RootfsMount, Snapshot, SnapshotUsage};
 use crate::credentials::Auth;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::image::Image;
+use crate::kept::Kept;
 use crate::layer::{self, Merged};
 use crate::metadata::{Changes, ImageRecord, LayerRecord, Metadata};
-use crate::pull::InFlight;
+use crate::places::NodePlaces;
 use crate::reference::{Pick, Reference};
 use crate::snapshot::Lease;
 
@@ -44,7 +46,7 @@ pub(crate) struct Inner {
     pub(crate) changes: tokio::sync::Mutex<()>,
     pub(crate) metadata: Metadata,
     pub(crate) in_flight: Mutex<InFlight>,
-    pub(crate) downloads: Semaphore,
+    pub(crate) places: NodePlaces,
     /// Numbers for names of directories.
     next: AtomicU64,
 }
@@ -58,6 +60,8 @@ pub(crate) struct State {
     pub(crate) unpacking: HashMap<String, watch::Receiver<()>>,
     /// Uses by pulls in flight.
     pub(crate) pins: HashMap<String, usize>,
+    /// Layers of pulls that broke off.
+    pub(crate) kept: Kept,
     pub(crate) leases: HashMap<String, Lease>,
     /// Writable layers as they were measured last, by container.
     pub(crate) measured: HashMap<String, SnapshotUsage>,
@@ -100,7 +104,8 @@ impl ImageStore {
     }
 
     /// Pulls an image, or joins an attempt in flight for the same reference with the same credentials. The attempt
-    /// goes on when its callers go away. A failed pull leaves nothing.
+    /// goes on for a while when its callers go away, then it is stopped. A failed pull leaves nothing, but where the
+    /// registry broke off its complete layers stay for a while, so that a retry goes on from them.
     ///
     /// `auth` is for the registry of the reference and its configured mirrors; without it the docker configuration
     /// file is asked for each host.
@@ -109,7 +114,7 @@ impl ImageStore {
     /// Every kind of [`Error`].
     pub async fn pull(&self, reference: &str, auth: Option<Auth>) -> Result<Image> {
         let reference = Reference::parse(reference)?;
-        crate::pull::join(&self.inner, reference, auth)
+        crate::attempts::join(&self.inner, reference, auth)
             .await
             .map(|image| Image::clone(&image))
     }
@@ -148,7 +153,12 @@ impl ImageStore {
                 ..Changes::default()
             })
             .await?;
-        let removed = inner.state().images.remove(&image.id);
+        let removed = {
+            let mut state = inner.state();
+            // Who removes images wants the space.
+            state.kept.clear();
+            state.images.remove(&image.id)
+        };
         if let Some((record, _)) = removed {
             inner.collect_content(record.content.into_keys()).await?;
         }
@@ -316,6 +326,7 @@ impl State {
 
     pub(crate) fn is_live(&self, chain_id: &String) -> bool {
         self.pins.contains_key(chain_id)
+            || self.kept.contains(chain_id)
             || self
                 .images
                 .values()
@@ -356,14 +367,14 @@ impl Inner {
         }
         let (metadata, records) = Metadata::open(&config.root.join(METADATA))?;
         clear(&config.root.join("tmp"))?;
-        let downloads = Semaphore::new(config.max_parallel_downloads.max(1));
+        let places = NodePlaces::new(config.max_parallel_downloads);
         let inner = Self {
             pinned,
             state: Mutex::default(),
             changes: tokio::sync::Mutex::default(),
             metadata,
             in_flight: Mutex::default(),
-            downloads,
+            places,
             next: AtomicU64::new(0),
             config,
         };

@@ -64,31 +64,6 @@ async fn a_registry_that_never_answers_times_out() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_transfer_that_stalls_times_out_and_leaves_nothing() {
-    let image = sample();
-    let content = shelf(&image);
-    let stalling = image.clone();
-    let fake = Fake::start(move |request| {
-        let mut reply = content.answer(request);
-        if is_big_blob(&stalling, request) {
-            reply.hang = Some(200_000);
-        }
-        reply
-    })
-    .await;
-    let place = Place::new();
-    let store = store_with(&place, |config| {
-        config.progress_timeout = Duration::from_millis(700)
-    })
-    .await;
-    let before = place.listing();
-    let error = store.pull(&fake.name("app:1"), None).await.unwrap_err();
-    assert!(matches!(error, Error::Timeout { .. }), "{error:?}");
-    assert_eq!(place.listing(), before);
-    assert!(store.list().is_empty());
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn wrong_content_is_never_visible() {
     let image = sample();
     let other = TestImage::oci(&[layer(&[("other", "x")])], Packing::Gzip);
@@ -465,64 +440,4 @@ async fn hostile_and_odd_images_leave_nothing() {
         .await
         .unwrap_err();
     assert!(matches!(error, Error::Hostile(_)), "{error:?}");
-}
-
-/// A small file system of its own, unmounted at the end.
-struct SmallDisk(tempfile::TempDir);
-
-impl SmallDisk {
-    fn new(options: &str) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let options = std::ffi::CString::new(options).unwrap();
-        rustix::mount::mount(
-            "tmpfs",
-            dir.path(),
-            "tmpfs",
-            rustix::mount::MountFlags::empty(),
-            Some(&*options),
-        )
-        .unwrap();
-        Self(dir)
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        rustix::mount::unmount(self.0.path(), rustix::mount::UnmountFlags::DETACH).unwrap();
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_full_disk_says_so_and_leaves_nothing() {
-    let files: Vec<String> = (0..400).map(|n| format!("f{n}")).collect();
-    let many: Vec<(&str, &str)> = files.iter().map(|name| (name.as_str(), "")).collect();
-    for (options, image) in [
-        (
-            "size=6m",
-            TestImage::oci(&[layer(&[("huge", &"x".repeat(20 << 20))])], Packing::Gzip),
-        ),
-        (
-            "size=64m,nr_inodes=200",
-            TestImage::oci(&[layer(&many)], Packing::Gzip),
-        ),
-    ] {
-        let small = TestImage::oci(&[layer(&[("small", "x")])], Packing::Gzip);
-        let mut content = shelf(&image);
-        content.image("app", "small", &small);
-        let fake = Fake::serving(content).await;
-        let disk = SmallDisk::new(options);
-        let place = Place::new();
-        let store = store_with(&place, |config| config.root = disk.0.path().join("images")).await;
-        let listing = || {
-            let mut paths = std::collections::BTreeSet::new();
-            fixture::walk(disk.0.path(), &mut paths);
-            paths
-        };
-        let before = listing();
-        let error = store.pull(&fake.name("app:1"), None).await.unwrap_err();
-        assert!(matches!(error, Error::NoSpace { .. }), "{options}: {error:?}");
-        assert_eq!(listing(), before);
-        store.pull(&fake.name("app:small"), None).await.unwrap();
-        drop(store);
-    }
 }

@@ -5,9 +5,12 @@ use bytes::{Buf, Bytes};
 use reqwest::header::CONTENT_RANGE;
 use reqwest::{Response, StatusCode};
 
-use super::{Failure, Registry, TRIES};
+use super::{Failure, Progress, Registry, TRIES};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
+
+/// Stalls of the last endpoint after which the transfer is resumed there; those of others lead to the next endpoint.
+const RESUMED_STALLS: u32 = 2;
 
 /// A blob on its way. Its digest is the consumer's to verify.
 pub(crate) struct Blob<'a> {
@@ -20,8 +23,12 @@ pub(crate) struct Blob<'a> {
     skip: u64,
     endpoint: usize,
     response: Option<Response>,
-    /// Failures since the last byte.
+    progress: Progress,
+    /// Failures and stalls since enough came to count as progress.
     failures: u32,
+    stalls: u32,
+    /// Bytes handed out since the last failure.
+    gained: u64,
 }
 
 impl Registry {
@@ -36,7 +43,10 @@ impl Registry {
             skip: 0,
             endpoint: 0,
             response: None,
+            progress: Progress::new(self.timeout),
             failures: 0,
+            stalls: 0,
+            gained: 0,
         }
     }
 }
@@ -47,8 +57,11 @@ impl Blob<'_> {
         loop {
             let failure = match self.attempt().await {
                 Ok(Some(chunk)) => {
-                    self.failures = 0;
                     self.offset += chunk.len() as u64;
+                    self.gained += chunk.len() as u64;
+                    if self.gained >= self.progress.enough() {
+                        (self.failures, self.stalls) = (0, 0);
+                    }
                     return Ok(Some(chunk));
                 }
                 Ok(None) if self.offset == self.size => return Ok(None),
@@ -65,19 +78,32 @@ impl Blob<'_> {
                 Err(failure) => failure,
             };
             self.response = None;
+            self.gained = 0;
+            self.progress.reset();
             self.failures += 1;
-            if failure.passing && self.failures < TRIES {
+            let again = if let Error::Timeout { .. } = failure.error {
+                self.stalls += 1;
+                self.is_last_endpoint() && self.stalls <= RESUMED_STALLS
+            } else {
+                failure.passing
+            };
+            if again && self.failures < TRIES {
                 tracing::debug!(digest = %self.digest, offset = self.offset, error = %failure.error, "resuming blob");
                 self.registry.pause(self.failures).await;
                 continue;
             }
             self.registry.note(self.endpoint, &failure.error);
-            self.failures = 0;
+            (self.failures, self.stalls) = (0, 0);
             self.endpoint += 1;
             if self.endpoint >= self.registry.endpoints.len() {
                 return Err(failure.error);
             }
         }
+    }
+
+    fn is_last_endpoint(&self) -> bool {
+        let mut later = self.registry.endpoints.iter().skip(self.endpoint + 1);
+        !later.any(|endpoint| endpoint.host.pull)
     }
 
     async fn attempt(&mut self) -> std::result::Result<Option<Bytes>, Failure> {
@@ -94,7 +120,8 @@ impl Blob<'_> {
             None => self.begin().await?,
         };
         loop {
-            let chunk = registry.in_time(endpoint, response.chunk()).await?;
+            let chunk = self.progress.chunk(&mut response).await;
+            let chunk = chunk.ok_or_else(|| Failure::lasting(registry.stalled(endpoint)))?;
             let Some(mut chunk) = chunk.map_err(|error| registry.broken(endpoint, error))? else {
                 return Ok(None);
             };

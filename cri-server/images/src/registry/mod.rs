@@ -5,6 +5,7 @@
 //! headers and no path prefix per endpoint, no identity tokens, and reads manifests of any size into memory.
 
 mod blob;
+mod progress;
 mod token;
 
 use std::path::Path;
@@ -16,6 +17,7 @@ use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderValue, RANGE};
 use reqwest::{Certificate, Client, Identity, Response, StatusCode, Url};
 
 pub(crate) use blob::Blob;
+use progress::Progress;
 
 use crate::credentials::Auth;
 use crate::digest::Digest;
@@ -72,7 +74,7 @@ impl Failure {
 }
 
 impl Registry {
-    /// `auth` gives the credentials for an endpoint; `timeout` bounds each wait for the network.
+    /// `auth` gives the credentials for an endpoint; `timeout` bounds each wait for an answer and for progress.
     pub(crate) fn new(
         reference: Reference,
         hosts: Vec<RegistryHost>,
@@ -187,8 +189,10 @@ impl Registry {
 
     async fn body(&self, endpoint: &Endpoint, mut response: Response) -> std::result::Result<Bytes, Failure> {
         let mut bytes = Vec::new();
+        let mut progress = Progress::new(self.timeout);
         loop {
-            match self.in_time(endpoint, response.chunk()).await? {
+            let chunk = progress.chunk(&mut response).await;
+            match chunk.ok_or_else(|| Failure::lasting(self.stalled(endpoint)))? {
                 Ok(Some(chunk)) if bytes.len() as u64 + chunk.len() as u64 > MAX_DOCUMENT => {
                     let message = format!("a document of more than {MAX_DOCUMENT} bytes");
                     return Err(Failure::lasting(Error::Hostile(message)));
@@ -298,12 +302,15 @@ impl Registry {
         endpoint: &Endpoint,
         work: impl Future<Output = T>,
     ) -> std::result::Result<T, Failure> {
-        tokio::time::timeout(self.timeout, work).await.map_err(|_| {
-            Failure::lasting(Error::Timeout {
-                what: format!("waiting for registry {}", endpoint.host.name()),
-                seconds: self.timeout.as_secs(),
-            })
-        })
+        let done = tokio::time::timeout(self.timeout, work).await;
+        done.map_err(|_| Failure::lasting(self.stalled(endpoint)))
+    }
+
+    fn stalled(&self, endpoint: &Endpoint) -> Error {
+        Error::Timeout {
+            what: format!("waiting for registry {}", endpoint.host.name()),
+            seconds: self.timeout.as_secs(),
+        }
     }
 
     fn broken(&self, endpoint: &Endpoint, error: reqwest::Error) -> Failure {
