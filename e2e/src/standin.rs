@@ -17,11 +17,15 @@ use crate::registry::Registry;
 /// The registries whose names critest's references carry.
 pub const PUBLIC_REGISTRIES: &[&str] = &["registry.k8s.io", "k8s.gcr.io", "gcr.io"];
 
-/// Pushes every stand-in, and has the daemon look for the public registries at the node's own.
+/// The digest by which critest pins its image test-image-digest. Its manifest is not to be had offline.
+pub const PINNED_DIGEST: &str = "sha256:9700f9a2f5bf2c45f2f605a0bd3bce7cf37420ec9d3ed50ac2758413308766bf";
+
+/// Pushes every stand-in, and has the daemon look for the public registries at the node's own. Returns the digest
+/// of the stand-in for the image that critest pins by [`PINNED_DIGEST`].
 ///
 /// # Errors
 /// A tool or package is missing, or the registry refuses an image.
-pub fn serve(registry: &Registry, hosts: &Path) -> Result<()> {
+pub fn serve(registry: &Registry, hosts: &Path) -> Result<String> {
     let busybox = busybox(json!({}))?;
     registry.push("e2e-test-images/busybox:1.29-2", &busybox)?;
     let pause = image::pause()?;
@@ -69,6 +73,8 @@ pub fn serve(registry: &Registry, hosts: &Path) -> Result<()> {
     for tag in 1..=3 {
         registry.push(&format!("k8s-staging-cri-tools/test-image-tags:{tag}"), &tags)?;
     }
+    let pinned = labelled("digest")?;
+    registry.push("k8s-staging-cri-tools/test-image-digest:latest", &pinned)?;
     for public in PUBLIC_REGISTRIES {
         let directory = hosts.join(public);
         std::fs::create_dir_all(&directory)?;
@@ -78,7 +84,7 @@ pub fn serve(registry: &Registry, hosts: &Path) -> Result<()> {
             format!("server = \"{url}\"\n\n[host.\"{url}\"]\n  capabilities = [\"pull\", \"resolve\"]\n");
         std::fs::write(directory.join("hosts.toml"), text)?;
     }
-    Ok(())
+    Ok(pinned.manifest.digest)
 }
 
 fn base() -> Result<Layer> {
