@@ -9,7 +9,7 @@ use crate::{compile, setup};
 
 /// Runs everything and prints the totals; a failure of the build ends it at once.
 pub(crate) fn run() -> Result<(), Failure> {
-    setup::run()?;
+    setup::run(setup::Scope::All)?;
     compile::run()?;
     let mut report = Report::default();
     // The release profile throughout and the selection of the build: what is tested is what is shipped, and the
@@ -80,10 +80,13 @@ fn lints(report: &mut Report) -> Result<(), Failure> {
     ];
     for (name, words) in [("cargo fmt", fmt.as_slice()), ("cargo clippy", clippy.as_slice())] {
         if component_missing(words[1]) {
-            report.skip(
-                name,
-                "the component is not installed; rustup component add rustfmt clippy",
-            );
+            let remedy = "the component is not installed; rustup component add rustfmt clippy";
+            if std::env::var_os("CI").is_some() {
+                println!("   FAILED {name}: {remedy}");
+                report.check(name, false);
+            } else {
+                report.skip(name, remedy);
+            }
             continue;
         }
         let (code, log) = Step::new(name, words).watch(|_| {})?;
@@ -98,7 +101,13 @@ fn lints(report: &mut Report) -> Result<(), Failure> {
 
 /// What a lint complains of: cargo's own progress would push it out of sight.
 fn complaints(log: &str) -> String {
-    let progress = ["Checking ", "Compiling ", "Downloaded ", "Downloading ", "Blocking "];
+    let progress = [
+        "Checking ",
+        "Compiling ",
+        "Downloaded ",
+        "Downloading ",
+        "Blocking ",
+    ];
     let told = log
         .lines()
         .filter(|line| !progress.iter().any(|word| line.trim_start().starts_with(word)));

@@ -12,10 +12,12 @@ mod step;
 use std::path::Path;
 use std::process::ExitCode;
 
+use setup::Scope;
 use step::{Failure, Step, root};
 
 const USAGE: &str = "usage: cargo xtask TASK
-  setup              installs Debian packages and builds the Go tools (crictl, critest, runc 1.5)
+  setup              installs Debian packages and builds the tests' tools (crictl, critest, runc 1.5, …)
+  setup quickstart   only what deploy/quickstart needs
   build              builds daemon, shims, agent and the guest's boot artefacts, release profile
   test               setup, build, then every test and the lints; the last line is the count
   bench [ARGS]       times both handlers and Debian's containerd in one run
@@ -26,7 +28,8 @@ fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let result = match words.as_slice() {
-        ["setup"] => setup::run(),
+        ["setup"] => setup::run(Scope::All),
+        ["setup", "quickstart"] => setup::run(Scope::Quickstart),
         ["build"] => compile::run(),
         ["test"] => gate::run(),
         ["bench", rest @ ..] => bench(rest),
@@ -47,7 +50,7 @@ fn main() -> ExitCode {
 }
 
 fn bench(rest: &[&str]) -> Result<(), Failure> {
-    setup::run()?;
+    setup::run(Scope::All)?;
     compile::run()?;
     let bench = root().join("target/release/bench").display().to_string();
     let words = [&[bench.as_str()], rest].concat();

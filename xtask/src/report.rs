@@ -1,5 +1,10 @@
 //! Reads what libtest (and the end-to-end suites, which print as libtest does) says, and counts.
 
+/// Skips that may happen, and why.
+const EXPECTED: &str = include_str!("../expected-skips.txt");
+/// Its skips are judged by itself, against its own list.
+const CONFORMANCE: &str = "tests/conformance.rs: critest::";
+
 /// What a test run came to.
 #[derive(Debug, Default)]
 pub(crate) struct Report {
@@ -36,7 +41,7 @@ impl Report {
             let name = format!("{}: {name}", self.binary);
             if !self.skipped.iter().any(|(known, _)| *known == name) {
                 self.passed = self.passed.saturating_sub(1);
-                self.skipped.push((name, reason.to_owned()));
+                self.skips(name, reason);
             }
         } else if line.starts_with("test result:") {
             self.in_failures = false;
@@ -60,10 +65,24 @@ impl Report {
             } else {
                 reason
             };
-            self.skipped.push((name, reason.to_owned()));
+            self.skips(name, reason);
         } else {
             println!("   FAILED {name}");
             self.failed.push(name);
+        }
+    }
+
+    fn skips(&mut self, name: String, reason: &str) {
+        let expected = EXPECTED
+            .lines()
+            .filter(|line| !line.starts_with('#'))
+            .filter_map(|line| line.split_once(" | "))
+            .any(|(known, _)| known == name);
+        if expected || name.starts_with(CONFORMANCE) {
+            self.skipped.push((name, reason.to_owned()));
+        } else {
+            println!("   FAILED {name}: skipped, but not in xtask/expected-skips.txt: {reason}");
+            self.failed.push(format!("{name}: skipped: {reason}"));
         }
     }
 
@@ -119,25 +138,54 @@ mod tests {
     fn passes_failures_and_skips_are_told_apart() {
         let mut report = Report::default();
         for line in [
-            "     Running unittests src/lib.rs (target/release/deps/a-1)",
+            "     Running tests/real_plugins.rs (target/release/deps/a-1)",
             "test one ... ok",
             "test two ... ok (1.5 s)",
             "test three ... FAILED",
-            "test four ... ignored, needs cgroup v2",
-            "test five ... ok",
-            "skipped: five: no /dev/kvm",
+            "     Running tests/conformance.rs (target/release/deps/b-1)",
+            "test critest::four ... ignored, needs AppArmor",
+            "     Running tests/failing_plugins.rs (target/release/deps/c-1)",
+            "test attach_until_killed ... ignored, started by another",
             "test result: FAILED. 3 passed; 1 failed; 1 ignored",
         ] {
             report.line(line);
         }
         assert_eq!((report.passed, report.failures()), (2, 1));
         assert_eq!(
-            report.skipped[0],
-            ("unittests src/lib.rs: four".into(), "needs cgroup v2".into())
+            report.skipped,
+            [
+                (
+                    "tests/conformance.rs: critest::four".into(),
+                    "needs AppArmor".into()
+                ),
+                (
+                    "tests/failing_plugins.rs: attach_until_killed".into(),
+                    "started by another".into()
+                ),
+            ]
         );
+    }
+
+    #[test]
+    fn a_skip_that_nobody_expects_is_a_failure() {
+        let mut report = Report::default();
+        for line in [
+            "     Running unittests src/main.rs (target/release/deps/a-1)",
+            "test the_kernel_takes_the_program ... ok",
+            "test five ... ok",
+            "test six ... ignored",
+            "skipped: the_kernel_takes_the_program: no permission to load eBPF programs",
+            "skipped: five: needs iputils-ping",
+        ] {
+            report.line(line);
+        }
+        assert_eq!((report.passed, report.skipped.len()), (0, 1));
         assert_eq!(
-            report.skipped[1],
-            ("unittests src/lib.rs: five".into(), "no /dev/kvm".into())
+            report.failed,
+            [
+                "unittests src/main.rs: six: skipped: no reason is given",
+                "unittests src/main.rs: five: skipped: needs iputils-ping"
+            ]
         );
     }
 }

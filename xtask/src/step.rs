@@ -1,6 +1,7 @@
 //! Commands with progress: output goes to a log file, the terminal gets a line when one starts and ends, a
 //! sign of life in between, and the log's end where it failed.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
@@ -23,6 +24,15 @@ pub(crate) fn root() -> PathBuf {
     manifest.parent().unwrap_or(manifest).to_owned()
 }
 
+/// PATH and the directories of a system's programs: `su` without a dash leaves them out.
+fn path() -> OsString {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let given = std::env::split_paths(&path).filter(|directory| !directory.as_os_str().is_empty());
+    let system = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
+    // They hold no colon.
+    std::env::join_paths(given.chain(system)).unwrap_or(path)
+}
+
 /// A step: a command, what it is called, and what is done with its lines.
 pub(crate) struct Step<'a> {
     name: &'a str,
@@ -37,6 +47,9 @@ impl<'a> Step<'a> {
         command
             .args(["-c", "exec \"$@\" 2>&1", "sh"])
             .args(words)
+            .env("PATH", path())
+            // The build is looked for in the workspace.
+            .env("CARGO_TARGET_DIR", root().join("target"))
             .current_dir(root());
         Self { name, command }
     }
