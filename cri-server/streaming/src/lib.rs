@@ -19,6 +19,8 @@ mod upgrade;
 mod websocket;
 
 #[cfg(test)]
+mod fuzz;
+#[cfg(test)]
 mod tests;
 
 pub use backend::{

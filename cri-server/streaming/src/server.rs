@@ -367,7 +367,11 @@ fn answer(
     let (protocol, headers) = match chosen {
         Ok(chosen) => chosen,
         // The token stays good: the client may try another protocol.
-        Err(refusal) => return *refusal,
+        Err(refusal) => {
+            let reason: String = refusal.body().chars().take(200).collect();
+            tracing::warn!(verb, status = %refusal.status(), reason, "a streaming client is refused");
+            return *refusal;
+        }
     };
     let Some(waiting) = inner.tokens.take(token, |waiting| waiting.verb() == verb) else {
         return not_found();

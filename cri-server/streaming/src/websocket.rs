@@ -233,16 +233,11 @@ async fn write_task<S>(
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     ticks.reset();
     loop {
-        let sent = tokio::select! {
+        let next = tokio::select! {
             next = queue.recv() => match next {
                 Some(next) => {
                     activity.touch();
-                    let last = next.is_close();
-                    let sent = sink.send(next).await;
-                    if last {
-                        return;
-                    }
-                    sent
+                    next
                 }
                 None => return,
             },
@@ -251,9 +246,20 @@ async fn write_task<S>(
                     tracing::info!("closing an idle streaming connection");
                     break;
                 }
-                sink.send(Message::Ping(Bytes::new())).await
+                Message::Ping(Bytes::new())
             }
         };
+        let last = next.is_close();
+        let sent = tokio::select! {
+            sent = sink.send(next) => sent,
+            () = activity.idle_for(times.idle) => {
+                tracing::info!("closing a streaming connection whose client does not read");
+                break;
+            }
+        };
+        if last {
+            return;
+        }
         if let Err(error) = sent {
             tracing::debug!(%error, "writing to a WebSocket");
             break;

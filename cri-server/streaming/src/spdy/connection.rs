@@ -297,9 +297,15 @@ where
 {
     let closed = shared.closed.clone();
     let mut write = tokio::io::BufWriter::with_capacity(2 * DATA_MAX, write);
+    // Between frames the writer sees by itself that nothing moves, and says goodbye.
+    let hangs = shared.limits.idle + 2 * shared.limits.ping;
     let result = tokio::select! {
         result = write_frames(&shared, &mut write, &mut queue) => result,
         () = closed.cancelled() => Ok(()),
+        () = shared.activity.idle_for(hangs) => {
+            tracing::info!("closing a streaming connection whose client does not read");
+            Ok(())
+        }
     };
     if let Err(error) = result {
         tracing::debug!(%error, "writing to a SPDY connection");

@@ -10,7 +10,9 @@ mod stream;
 
 pub(crate) use connection::{Connection, Limits};
 #[cfg(test)]
-pub(crate) use headers::Headers;
+pub(crate) use frame::{CONTROL_MAX, Control, HEAD, Head};
+#[cfg(test)]
+pub(crate) use headers::{Deflater, Headers, Inflater};
 pub(crate) use stream::Stream;
 
 #[cfg(test)]

@@ -9,11 +9,11 @@ use tokio::net::TcpStream;
 use crate::{AttachRequest, Backend, BackendError, Duplex, ExecRequest, Streams};
 
 #[derive(Default)]
-pub(super) struct TestBackend {
+pub(crate) struct TestBackend {
     /// Calls that are running.
-    pub(super) running: AtomicUsize,
+    pub(crate) running: AtomicUsize,
     /// Inputs of `cat` that came to their end.
-    pub(super) whole_inputs: AtomicUsize,
+    pub(crate) whole_inputs: AtomicUsize,
 }
 
 /// Counts a call while it runs.
@@ -37,7 +37,7 @@ fn failed(error: std::io::Error) -> BackendError {
 }
 
 /// What `big` writes: no two neighbouring chunks are equal, so lost and swapped ones are seen.
-pub(super) fn pattern(length: usize) -> Vec<u8> {
+pub(crate) fn pattern(length: usize) -> Vec<u8> {
     (0..length).map(|n| (n % 251) as u8).collect()
 }
 
@@ -112,6 +112,12 @@ impl Backend for TestBackend {
                     .await
                     .map_err(failed)?;
                 Ok(0)
+            }
+            "flood" => {
+                let stdout = streams.stdout.as_mut().expect("stdout");
+                loop {
+                    stdout.write_all(&[7; 4096]).await.map_err(failed)?;
+                }
             }
             "wait" => {
                 streams

@@ -7,6 +7,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::{SPDY, exec, port_forward, request, soon, start, until};
+use crate::spdy::{Control, Deflater, Headers};
 use crate::{ExecRequest, RequestError};
 
 #[tokio::test]
@@ -114,6 +115,45 @@ async fn clients_that_stop_half_way() {
     soon(stream.read_to_end(&mut rest))
         .await
         .expect("the server closes");
+}
+
+/// A client that takes no more of an endless output holds its session for the idle time, not for ever.
+#[tokio::test]
+async fn clients_that_do_not_read() {
+    let (server, backend) = start(|config| {
+        config.idle_timeout = Duration::from_millis(600);
+        config.ping_interval = Duration::from_millis(100);
+    })
+    .await;
+    let running = || backend.running.load(Ordering::SeqCst);
+    let socket = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
+        Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: v5.channel.k8s.io\r\n";
+    let url = exec(&server, &["flood"], "o");
+    let (held, head) = soon(request(&server, &url, "GET", socket)).await;
+    assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
+    until("the command runs", || running() == 1).await;
+    until("the command is given up", || running() == 0).await;
+    drop(held);
+
+    let url = exec(&server, &["flood"], "o");
+    let upgrade = format!("{SPDY}X-Stream-Protocol-Version: v4.channel.k8s.io\r\n");
+    let (mut held, _) = soon(request(&server, &url, "POST", &upgrade)).await;
+    let mut frames = Vec::new();
+    let mut deflater = Deflater::new();
+    for (stream, kind) in [(1, "error"), (3, "stdout")] {
+        let headers = Headers::from([("streamtype", kind)]);
+        let open = Control::SynStream {
+            stream,
+            fin: false,
+            headers,
+        };
+        open.encode(&mut deflater, &mut frames);
+    }
+    held.write_all(&frames).await.expect("writes");
+    until("the command runs", || running() == 1).await;
+    until("the command is given up", || running() == 0).await;
+    drop(held);
+    soon(server.shutdown()).await;
 }
 
 #[tokio::test]

@@ -1,6 +1,6 @@
 //! The server as its clients see it, with a backend that answers by itself.
 
-mod backend;
+pub(crate) mod backend;
 mod go_client;
 mod http;
 mod spdy;
