@@ -7,6 +7,7 @@
 
 mod cgroup;
 mod cleanup;
+mod confine;
 mod console;
 mod container;
 mod idmap;

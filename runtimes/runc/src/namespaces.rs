@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -17,8 +17,9 @@ use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, kill, signal, sig
 use nix::unistd::{Gid, Pid, Uid, pipe2, setgroups, setresgid, setresuid};
 use tokio::sync::oneshot;
 
+use crate::confine::{self, confine};
 use crate::mounts;
-use crate::reaper::{Exit, Reaper};
+use crate::reaper::{Exit, Reaper, open_pidfd};
 use crate::sysctl::{self, Scope, SysctlError};
 
 #[derive(Debug, thiserror::Error)]
@@ -44,7 +45,14 @@ pub(crate) struct PinnedNamespaces {
     pub(crate) uts: Option<OwnedFd>,
     pub(crate) user: Option<OwnedFd>,
     pub(crate) pid: Option<OwnedFd>,
-    init: Option<Pid>,
+    init: Option<Init>,
+}
+
+/// The init of a shared PID namespace.
+struct Init {
+    pid: Pid,
+    /// Its number may be another's once the reaper has seen its end.
+    pidfd: OwnedFd,
 }
 
 /// What the child has to do.
@@ -116,7 +124,13 @@ impl PinnedNamespaces {
             return Ok((pinned, None));
         }
         child.go.write_all(b"s").map_err(io("keep the pod's init"))?;
-        pinned.init = Some(child.pid);
+        // Dead or alive it is there: this thread reaps.
+        let pidfd = open_pidfd(child.pid.as_raw())
+            .ok_or_else(|| NamespaceError::Child("the pod's init cannot be followed".to_owned()))?;
+        pinned.init = Some(Init {
+            pid: child.pid,
+            pidfd,
+        });
         Ok((pinned, Some(reaper.watch(child.pid.as_raw()))))
     }
 
@@ -155,14 +169,13 @@ impl PinnedNamespaces {
 
     /// The init of a shared PID namespace.
     pub(crate) fn init(&self) -> Option<u32> {
-        self.init.map(|pid| pid.as_raw().unsigned_abs())
+        self.init.as_ref().map(|init| init.pid.as_raw().unsigned_abs())
     }
 
-    /// Kills the init of a shared PID namespace, and with it everything in there. It is not reaped by anybody
-    /// but this process, so its number is still its own until then.
+    /// Kills the init of a shared PID namespace, and with it everything in there.
     pub(crate) fn end_init(&mut self) {
-        if let Some(pid) = self.init.take()
-            && let Err(error) = kill(pid, Signal::SIGKILL)
+        if let Some(init) = self.init.take()
+            && let Err(error) = rustix::process::pidfd_send_signal(&init.pidfd, rustix::process::Signal::KILL)
         {
             tracing::debug!(%error, "the pod's init");
         }
@@ -357,7 +370,7 @@ fn child_main(plan: &Plan, mut go: File, mut ready: File) -> i32 {
     if go.read(&mut byte).ok() != Some(1) {
         return 1;
     }
-    if let Err(error) = set_up(plan) {
+    if let Err(error) = set_up(plan, [go.as_raw_fd(), ready.as_raw_fd()]) {
         // Where the shim is gone there is nobody to tell.
         let _ = ready.write_all(error.to_string().as_bytes());
         return 1;
@@ -370,15 +383,11 @@ fn child_main(plan: &Plan, mut go: File, mut ready: File) -> i32 {
         return 0;
     }
     drop((go, ready));
-    // SAFETY: nothing in this process uses a descriptor any more.
-    unsafe { libc::syscall(libc::SYS_close_range, 0, u32::MAX, 0) };
-    loop {
-        // SAFETY: waits for signals; children are reaped by the kernel, as SIGCHLD is ignored.
-        unsafe { libc::pause() };
-    }
+    confine::wait()
 }
 
-fn set_up(plan: &Plan) -> std::io::Result<()> {
+/// `pipes` are those to the shim.
+fn set_up(plan: &Plan, pipes: [RawFd; 2]) -> std::io::Result<()> {
     // The shim's handlers write to pipes that it shares with this process.
     for number in Signal::iterator() {
         if !matches!(number, Signal::SIGKILL | Signal::SIGSTOP) {
@@ -404,5 +413,12 @@ fn set_up(plan: &Plan) -> std::io::Result<()> {
     }
     plan.sysctls
         .iter()
-        .try_for_each(|(path, value)| write(path, value))
+        .try_for_each(|(path, value)| write(path, value))?;
+    if plan.stays {
+        // Before the shim goes on: no container sees it otherwise.
+        let failed =
+            |(doing, error)| std::io::Error::other(format!("confine the pod's init: {doing}: {error}"));
+        confine(pipes).map_err(failed)?;
+    }
+    Ok(())
 }

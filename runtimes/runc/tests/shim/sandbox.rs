@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use catamaran_sandbox::id::Id;
@@ -159,6 +159,53 @@ async fn namespaces_end_with_the_shim() {
     kill(Pid::from_raw(pod.shim_pid()), Signal::SIGKILL).unwrap();
     gone(init).await;
     assert!(!Path::new(&path).exists());
+}
+
+/// A container that may trace reaches what pid 1 of its pod reaches.
+#[tokio::test]
+async fn the_init_of_a_shared_pid_namespace_has_nothing_of_the_node() {
+    let map = vec![IdMapping {
+        container_id: 0,
+        host_id: 200_000,
+        length: 65_536,
+    }];
+    let (uids, gids) = (map.clone(), map);
+    for user in [None, Some(UserNamespace { uids, gids })] {
+        let pod = Pod::start(Options {
+            pid: PidNamespace::Pod,
+            user,
+            ..Options::default()
+        })
+        .await;
+        let init = PathBuf::from(format!("/proc/{}", pod.status().await.pid));
+        let read = |name: &str| std::fs::read_to_string(init.join(name)).unwrap();
+        assert_eq!(read("comm"), "catamaran-init\n");
+        assert_eq!(std::fs::read_dir(init.join("root")).unwrap().count(), 0);
+        let mounts = read("mountinfo");
+        assert!(
+            mounts.lines().count() == 1 && mounts.contains(" / / ro,"),
+            "{mounts}"
+        );
+        let status = read("status");
+        for line in [
+            "CapInh:\t0000000000000000",
+            "CapPrm:\t0000000000000000",
+            "CapEff:\t0000000000000000",
+            "CapBnd:\t0000000000000000",
+            "CapAmb:\t0000000000000000",
+            "NoNewPrivs:\t1",
+            "Seccomp:\t2",
+        ] {
+            assert!(status.lines().any(|is| is == line), "{line}: {status}");
+        }
+        let begun = Instant::now();
+        while std::fs::read_dir(init.join("fd")).unwrap().count() > 0 {
+            assert!(begun.elapsed() < Duration::from_secs(5), "descriptors stay");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        // It waits, without using the processor.
+        assert!(read("wchan") != "0" || read("stat").contains(" S "));
+    }
 }
 
 #[tokio::test]
