@@ -10,8 +10,6 @@ use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use nix::errno::Errno;
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
@@ -113,18 +111,16 @@ impl Reaper {
 
     fn reap(&self) {
         loop {
-            let (pid, code) = match waitid(Id::All, WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG) {
-                Ok(WaitStatus::Exited(pid, code)) => (pid.as_raw(), code),
-                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid.as_raw(), 128 + signal as i32),
-                Ok(_) | Err(Errno::ECHILD) => return,
-                Err(Errno::EINTR) => continue,
-                Err(error) => {
-                    tracing::error!(%error, "waitid");
-                    return;
-                }
-            };
+            let mut status = 0;
+            // nix's wait knows no real-time signals, and loses such an exit.
+            // SAFETY: the pointer is to a local integer.
+            let pid = unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG) };
+            // No child has ended, or there is none; without blocking nothing interrupts it.
+            if pid <= 0 {
+                return;
+            }
             let exit = Exit {
-                code,
+                code: exit_code(status),
                 at_ns: now_ns(),
             };
             let mut table = self.table();
@@ -138,8 +134,17 @@ impl Reaper {
     }
 }
 
+/// Exit code of a wait status.
+fn exit_code(status: i32) -> i32 {
+    if libc::WIFSIGNALED(status) {
+        128 + libc::WTERMSIG(status)
+    } else {
+        libc::WEXITSTATUS(status)
+    }
+}
+
 /// Whether the process, dead or alive, is a child of this one.
-fn is_child(pid: i32) -> bool {
+pub(crate) fn is_child(pid: i32) -> bool {
     crate::process::stat(pid).is_some_and(|stat| stat.parent == std::process::id().cast_signed())
 }
 
@@ -172,6 +177,10 @@ mod tests {
         let reaper = Reaper::start().unwrap();
         let (_, exit) = reaper.spawn(Command::new("sh").args(["-c", "exit 7"])).unwrap();
         assert_eq!(exit.await.unwrap().code, 7);
+        let (_, real_time) = reaper
+            .spawn(Command::new("sh").args(["-c", "kill -37 $$"]))
+            .unwrap();
+        assert_eq!(real_time.await.unwrap().code, 165);
         let expectation = reaper.expect();
         // A child that nobody watches yet, as a runtime leaves it. The reaper waits for it.
         #[allow(clippy::zombie_processes)]
