@@ -9,7 +9,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -28,6 +28,9 @@ use crate::id::Id;
 pub const LOG_FILE: &str = "shim.log";
 /// The shim's process id in the sandbox bundle; locked by the shim as long as it lives.
 pub const PID_FILE: &str = "shim.pid";
+
+/// A shim that shall end is killed for so long.
+const KILL_LIMIT: Duration = Duration::from_secs(5);
 
 /// Whatever ends a shim's command with a failure.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -95,8 +98,12 @@ enum BootstrapError {
     },
     #[error("fork")]
     Fork(#[source] Errno),
-    #[error("the shim of process id {0} still runs after SIGKILL")]
-    Unkillable(i32),
+    #[error(
+        "the shim of {} still runs after {} s of SIGKILL; its process id is {pid:?}",
+        path.display(),
+        KILL_LIMIT.as_secs()
+    )]
+    Unkillable { path: PathBuf, pid: String },
 }
 
 fn io(doing: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> BootstrapError {
@@ -263,19 +270,19 @@ fn start(context: Context) -> Result<Option<Started>, BootstrapError> {
         .map_err(io("open", &log_path))?;
 
     let pid_path = context.bundle.join(PID_FILE);
-    let mut lock = lock_pid_file(&pid_path)?;
+    let lock = lock_pid_file(&pid_path)?;
 
     // SAFETY: this process has one thread: `run` is called first in main and nothing before made another.
     match unsafe { nix::unistd::fork() }.map_err(BootstrapError::Fork)? {
         ForkResult::Parent { child } => {
             // The child has the lock through the same open file, so it is held without a gap.
-            lock.set_len(0).map_err(io("write", &pid_path))?;
-            write!(lock, "{child}").map_err(io("write", &pid_path))?;
+            write_pid(&lock, child.as_raw()).map_err(io("write", &pid_path))?;
             print_address(&socket)?;
             Ok(None)
         }
         ForkResult::Child => {
             drop(bundle);
+            write_pid(&lock, std::process::id().cast_signed()).map_err(io("write", &pid_path))?;
             become_server(&context, &log)?;
             crate::shim_log::init(context.debug);
             Ok(Some(Started {
@@ -296,7 +303,13 @@ fn lock_pid_file(path: &Path) -> Result<File, BootstrapError> {
         .map_err(io("open", path))?;
     flock(&file, FlockOperation::NonBlockingLockExclusive)
         .map_err(|error| io("lock, as another shim of this pod still ends,", path)(error.into()))?;
+    file.set_len(0).map_err(io("empty", path))?;
     Ok(file)
+}
+
+/// By parent and child, the same bytes in the same place: either may be killed before it comes to it.
+fn write_pid(file: &File, pid: i32) -> std::io::Result<()> {
+    file.write_all_at(pid.to_string().as_bytes(), 0)
 }
 
 /// Detaches the serving process from the daemon that started it.
@@ -311,9 +324,20 @@ fn become_server(context: &Context, log: &File) -> Result<(), BootstrapError> {
     rustix::process::setsid().map_err(|error| io("leave the session of", name)(error.into()))?;
     rustix::process::set_child_subreaper(true.then(rustix::process::getpid))
         .map_err(|error| io("become subreaper for", &context.bundle)(error.into()))?;
+    let score = Path::new("/proc/self/oom_score_adj");
+    be_killed_before_daemon(score).map_err(io("set", score))?;
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     // The bundle's file system shall not be busy because of the shim.
     std::env::set_current_dir("/").map_err(io("enter", Path::new("/")))
+}
+
+/// A daemon that is protected from the OOM killer protects its shims a little less than itself, as containerd
+/// does: under -999, the unit's, they have -998. Their containers have scores of their own.
+fn be_killed_before_daemon(score: &Path) -> std::io::Result<()> {
+    match std::fs::read_to_string(score)?.trim().parse::<i32>() {
+        Ok(inherited) if inherited < 0 => std::fs::write(score, (inherited + 1).to_string()),
+        _ => Ok(()),
+    }
 }
 
 fn print_address(socket: &Path) -> Result<(), BootstrapError> {
@@ -352,9 +376,9 @@ fn end_live_shim(context: &Context) -> Result<(), BootstrapError> {
                 Ok(()) | Err(Errno::ESRCH) => {}
                 Err(error) => return Err(io("kill the shim of", &path)(error.into())),
             }
-            if begun.elapsed() > Duration::from_secs(5) {
-                return Err(BootstrapError::Unkillable(pid));
-            }
+        }
+        if begun.elapsed() > KILL_LIMIT {
+            return Err(BootstrapError::Unkillable { path, pid: text });
         }
         std::thread::sleep(Duration::from_millis(5));
     }
@@ -425,6 +449,37 @@ mod tests {
                 "{line}"
             );
         }
+    }
+
+    /// The OOM killer's own scores go from -1000 to 1000.
+    #[test]
+    fn a_protected_daemon_protects_its_shims_a_little_less() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for (daemon, shim) in [
+            ("-999\n", "-998"),
+            ("-1000\n", "-999"),
+            ("0\n", "0\n"),
+            ("500\n", "500\n"),
+        ] {
+            std::fs::write(file.path(), daemon).unwrap();
+            be_killed_before_daemon(file.path()).unwrap();
+            assert_eq!(std::fs::read_to_string(file.path()).unwrap(), shim);
+        }
+    }
+
+    /// A `start` that was killed between lock and fork, or a child that was before it wrote.
+    #[test]
+    fn a_locked_pid_file_without_a_pid_is_given_up() {
+        let bundle = tempfile::tempdir().unwrap();
+        let _lock = lock_pid_file(&bundle.path().join(PID_FILE)).unwrap();
+        let context = Context {
+            id: Id::parse("abc").unwrap(),
+            namespace: String::new(),
+            bundle: bundle.path().to_owned(),
+            debug: false,
+        };
+        let error = end_live_shim(&context).unwrap_err();
+        assert!(error.to_string().contains("process id is \"\""), "{error}");
     }
 
     #[test]

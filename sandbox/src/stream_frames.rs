@@ -20,8 +20,9 @@ use std::path::Path;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
+use tokio::net::unix::OwnedReadHalf;
 
 /// Bytes of a frame's payload at most.
 pub const MAX_PAYLOAD: usize = 64 * 1024;
@@ -196,6 +197,11 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         }
     }
 
+    /// The connection.
+    pub fn get_ref(&self) -> &R {
+        &self.inner
+    }
+
     /// The next frame; `None` where the peer closed the connection between frames. May be cancelled without
     /// losing bytes.
     ///
@@ -216,6 +222,15 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
                 };
             }
         }
+    }
+}
+
+impl FrameReader<OwnedReadHalf> {
+    /// Resolves when the peer has closed its end, even while frames that it sent before are unread.
+    pub async fn closed(&self) {
+        // Priority is readiness of its own, which comes with a peer's end and never with its frames. An error is an
+        // end, too.
+        let _ = self.inner.ready(Interest::PRIORITY).await;
     }
 }
 

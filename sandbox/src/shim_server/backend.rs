@@ -54,7 +54,7 @@ pub trait SandboxBackend: Send + Sync + 'static {
 pub trait ContainerBackend: Send + Sync + 'static {
     /// Lets the first process run.
     async fn start(&self) -> Result<(), ShimError>;
-    /// Starts a further process.
+    /// Starts a further process. Dropping the future ends the start, and what it has started.
     async fn exec(&self, request: ExecProcess) -> Result<Process, ShimError>;
     /// Signals every process of the container.
     async fn signal_all(&self, signal: i32) -> Result<(), ShimError>;

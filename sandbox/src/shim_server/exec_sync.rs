@@ -2,16 +2,20 @@
 //! includes the runtime's own time. What outlives the process with its output open is not waited for. What is
 //! too long for one answer is left with a session, from which the caller reads it.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use futures::FutureExt;
+use futures::future::BoxFuture;
 use tokio::io::AsyncReadExt;
-use tokio::sync::oneshot;
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::ShimError;
-use super::backend::Reader;
+use super::backend::{Process, Reader};
 use super::container::{Container, wants_terminal};
+use super::output::lock;
 use super::pod::{Pod, detached};
 use super::sessions::Session;
 use crate::protocol::stream::{ExecSyncRequest, ExecSyncResponse, OpenResponse};
@@ -24,14 +28,44 @@ const MAX_KEPT: usize = 16 << 20;
 const QUIET: Duration = Duration::from_millis(500);
 /// And so long in all.
 const DRAIN: Duration = Duration::from_secs(5);
-/// A killed process has so long to end.
+/// 128 + SIGKILL.
+const KILLED: i32 = 137;
+/// A killed process has so long to end, and one that nobody wants any more to be started before that is ended.
 const DEATH: Duration = Duration::from_secs(5);
 
-/// Runs the request; dropping the future kills the process and what it started.
+/// Calls at work that can be cancelled, by their key.
+#[derive(Default)]
+pub(crate) struct ExecSyncs(Mutex<HashMap<String, mpsc::WeakSender<()>>>);
+
+impl ExecSyncs {
+    /// `caller` lives as long as the call.
+    fn add(&self, key: String, caller: &mpsc::Sender<()>) -> Result<(), ShimError> {
+        let mut calls = lock(&self.0);
+        calls.retain(|_, call| call.strong_count() > 0);
+        if calls.contains_key(&key) {
+            return Err(ShimError::AlreadyExists(format!(
+                "cancel_key: another call has {key:?}"
+            )));
+        }
+        calls.insert(key, caller.downgrade());
+        Ok(())
+    }
+
+    /// One that has ended, or never came, is no error.
+    pub(crate) fn cancel(&self, key: &str) {
+        let call = lock(&self.0).remove(key);
+        if let Some(caller) = call.and_then(|call| call.upgrade()) {
+            // It was told before, where that fails.
+            let _ = caller.try_send(());
+        }
+    }
+}
+
+/// Runs the request; dropping the future kills the process and what it started, as [`ExecSyncs::cancel`] does.
 pub(crate) async fn run(
     pod: &Arc<Pod>,
     container: Arc<Container>,
-    request: ExecSyncRequest,
+    mut request: ExecSyncRequest,
 ) -> Result<ExecSyncResponse, ShimError> {
     if wants_terminal(&request.process)? {
         return Err(ShimError::InvalidArgument(
@@ -46,7 +80,11 @@ pub(crate) async fn run(
     };
     let deadline = limit.map(|limit| Instant::now() + limit);
     // The caller's half is dropped with the caller's future.
-    let (_caller, gone) = oneshot::channel::<()>();
+    let (caller, gone) = mpsc::channel(1);
+    let key = std::mem::take(&mut request.cancel_key);
+    if !key.is_empty() {
+        pod.exec_syncs.add(key, &caller)?;
+    }
     detached(gather(pod.clone(), container, request, deadline, gone)).await
 }
 
@@ -55,22 +93,37 @@ async fn gather(
     container: Arc<Container>,
     request: ExecSyncRequest,
     deadline: Option<Instant>,
-    mut gone: oneshot::Receiver<()>,
+    mut gone: mpsc::Receiver<()>,
 ) -> Result<ExecSyncResponse, ShimError> {
     let bound = usize::try_from(request.max_output)
         .unwrap_or(usize::MAX)
         .min(MAX_KEPT);
-    let mut process = container.exec(request.process, false, false).await?;
+    let id = container.id.clone();
+    let mut starting = async move { container.exec(request.process, false, false).await }.boxed();
+    let mut process = tokio::select! {
+        process = &mut starting => process?,
+        () = at(deadline) => {
+            abandon(starting);
+            return Ok(ExecSyncResponse {
+                exit_code: KILLED,
+                timed_out: true,
+                ..ExecSyncResponse::default()
+            });
+        }
+        _ = gone.recv() => {
+            abandon(starting);
+            return Err(cancelled(&id));
+        }
+    };
     let mut stdout = Gathered::new(process.stdout.take(), bound);
     let mut stderr = Gathered::new(process.stderr.take(), bound);
     let mut exit = process.exit;
     let mut record = None;
     let mut timed_out = false;
-    let mut cancelled = false;
+    let mut caller_gone = false;
     let mut drain_until = None;
     let mut quiet_until = None;
     let mut give_up = None;
-    let far = || Instant::now() + Duration::from_secs(86_400 * 365);
     while record.is_none() || stdout.reader.is_some() || stderr.reader.is_some() {
         let silent = match (drain_until, quiet_until) {
             (Some(drain), Some(quiet)) => Some(std::cmp::min::<Instant>(drain, quiet)),
@@ -84,27 +137,28 @@ async fn gather(
                 drain_until = Some(Instant::now() + DRAIN);
                 quiet_until = Some(Instant::now() + QUIET);
             }
-            () = tokio::time::sleep_until(deadline.unwrap_or_else(far)),
-                if deadline.is_some() && record.is_none() && !timed_out =>
-            {
+            () = at(deadline), if record.is_none() && !timed_out => {
                 timed_out = true;
                 process.control.kill_tree().await;
                 give_up = Some(Instant::now() + DEATH);
             }
-            _ = &mut gone, if record.is_none() && !cancelled => {
-                cancelled = true;
+            _ = gone.recv(), if record.is_none() && !caller_gone => {
+                caller_gone = true;
                 process.control.kill_tree().await;
                 give_up = Some(Instant::now() + DEATH);
             }
-            () = tokio::time::sleep_until(give_up.unwrap_or_else(far)), if give_up.is_some() && record.is_none() => {
-                tracing::warn!(container = container.id, pid = process.pid, "killed process does not end");
+            () = at(give_up), if record.is_none() => {
+                tracing::warn!(container = id, pid = process.pid, "killed process does not end");
                 break;
             }
-            () = tokio::time::sleep_until(silent.unwrap_or_else(far)), if silent.is_some() => break,
+            () = at(silent) => break,
         }
     }
+    if caller_gone {
+        return Err(cancelled(&id));
+    }
     let mut response = ExecSyncResponse::new();
-    response.exit_code = record.map_or(128 + libc::SIGKILL, |record| record.exit_code);
+    response.exit_code = record.map_or(KILLED, |record| record.exit_code);
     response.timed_out = timed_out;
     response.truncated = stdout.truncated || stderr.truncated;
     let out_room = stdout.kept.len().min(MAX_ANSWER);
@@ -125,6 +179,30 @@ async fn gather(
     response.stdout = stdout.kept;
     response.stderr = stderr.kept;
     Ok(response)
+}
+
+/// Nobody hears it but who cancelled.
+fn cancelled(container: &str) -> ShimError {
+    ShimError::FailedPrecondition(format!(
+        "the command in container {container} was killed, as its caller went away"
+    ))
+}
+
+/// Never, where there is no such time.
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Ends a process that is only being started: it is killed when it is known, or its start is ended.
+fn abandon(starting: BoxFuture<'static, Result<Process, ShimError>>) {
+    tokio::spawn(async move {
+        if let Ok(Ok(process)) = tokio::time::timeout(DEATH, starting).await {
+            process.control.kill_tree().await;
+        }
+    });
 }
 
 /// One output stream up to a bound; the rest is read and dropped.

@@ -15,12 +15,15 @@ use tokio::time::Instant;
 use super::ShimError;
 use super::backend::{CreateContainer, CreateSandbox, SandboxBackend};
 use super::container::{Container, RunningProcess, State, Stdio};
+use super::exec_sync::ExecSyncs;
 use super::output::lock;
 use super::sessions::Sessions;
 use crate::bootstrap::Context;
 
 /// StopSandbox without a time limit of its own.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// Verbs that end a container which is still being created await the creation so long.
+const CREATION_LIMIT: Duration = Duration::from_secs(60);
 
 /// See the module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,6 +50,7 @@ pub(crate) struct Pod {
     pub(crate) context: Context,
     pub(crate) backend: Arc<dyn SandboxBackend>,
     pub(crate) sessions: Arc<Sessions>,
+    pub(crate) exec_syncs: ExecSyncs,
     containers: Mutex<HashMap<String, Slot>>,
     /// A slot was filled or removed.
     slots_changed: Notify,
@@ -81,6 +85,7 @@ impl Pod {
             context,
             backend,
             sessions,
+            exec_syncs: ExecSyncs::default(),
             containers: Mutex::default(),
             slots_changed: Notify::new(),
             phase: watch::Sender::new(Phase::New),
@@ -275,6 +280,21 @@ impl Pod {
         }
     }
 
+    /// As [`Self::container`], after a creation that is at work: its caller may have died, and whoever comes
+    /// to undo it must find all that it makes, or nothing.
+    pub(crate) async fn settled_container(&self, id: &str) -> Result<Arc<Container>, ShimError> {
+        let deadline = Instant::now() + CREATION_LIMIT;
+        loop {
+            // Enabled before the look, so that a slot that changes in between is not missed.
+            let changed = self.slots_changed.notified();
+            if !matches!(lock(&self.containers).get(id), Some(Slot::Creating))
+                || tokio::time::timeout_at(deadline, changed).await.is_err()
+            {
+                return self.container(id);
+            }
+        }
+    }
+
     pub(crate) async fn create_container(
         &self,
         request: CreateContainer,
@@ -331,7 +351,7 @@ impl Pod {
         &self,
         id: &str,
     ) -> Result<(u32, crate::exit::ExitRecord), ShimError> {
-        let container = self.container(id)?;
+        let container = self.settled_container(id).await?;
         let _one = container.verbs.lock().await;
         match container.init.state() {
             State::Stopped(_) => {}

@@ -77,14 +77,16 @@ async fn exec(
         Ok(started) => started,
         Err(error) => return Some(Exit::Error(error.to_string())),
     };
-    tokio::select! {
+    let ended = tokio::select! {
         exit = send_output(&process, subscription, wants, writer) => exit,
-        () = take_input(&process, reader, wants, true) => {
-            process.close_stdin().await;
-            process.control.kill_tree().await;
-            None
-        }
+        () = take_input(&process, reader, wants, true) => None,
+    };
+    // Whichever direction noticed that the client is gone.
+    if ended.is_none() {
+        process.close_stdin().await;
+        process.control.kill_tree().await;
     }
+    ended
 }
 
 async fn attach(
@@ -164,34 +166,52 @@ async fn take_input(
     end_closes: bool,
 ) {
     loop {
-        match reader.next().await {
-            Ok(Some(Frame::Input(data))) => {
-                if wants.stdin {
-                    // Input that the process no longer takes is of no use, but its output still may be.
-                    let _ = process.write_stdin(&data).await;
-                }
-            }
-            Ok(Some(Frame::End)) => {
-                if wants.stdin && end_closes {
-                    process.close_stdin().await;
-                }
-            }
-            Ok(Some(Frame::Resize(size))) => {
-                if let Err(error) = process.control.resize(size.width, size.height).await {
-                    tracing::debug!(%error, "resize");
-                }
-            }
-            Ok(Some(frame)) => {
-                tracing::warn!(?frame, "stream client sent a frame that only a shim sends");
-                return;
-            }
+        let frame = match reader.next().await {
+            Ok(Some(frame)) => frame,
             Ok(None) => return,
             Err(error) => {
                 tracing::warn!(%error, "stream client");
                 return;
             }
+        };
+        // A process that does not read its input must not hide its client's end, nor keep others from the input
+        // for a client that is gone.
+        let taken = tokio::select! {
+            biased;
+            taken = take_frame(process, frame, wants, end_closes) => taken,
+            () = reader.closed() => false,
+        };
+        if !taken {
+            return;
         }
     }
+}
+
+/// False for a frame that no client sends.
+async fn take_frame(process: &RunningProcess, frame: Frame, wants: Wants, end_closes: bool) -> bool {
+    match frame {
+        Frame::Input(data) => {
+            if wants.stdin {
+                // Input that the process no longer takes is of no use, but its output still may be.
+                let _ = process.write_stdin(&data).await;
+            }
+        }
+        Frame::End => {
+            if wants.stdin && end_closes {
+                process.close_stdin().await;
+            }
+        }
+        Frame::Resize(size) => {
+            if let Err(error) = process.control.resize(size.width, size.height).await {
+                tracing::debug!(%error, "resize");
+            }
+        }
+        frame => {
+            tracing::warn!(?frame, "stream client sent a frame that only a shim sends");
+            return false;
+        }
+    }
+    true
 }
 
 async fn forward(
@@ -205,21 +225,21 @@ async fn forward(
         Err(error) => return Some(Exit::Error(error.to_string())),
     };
     let (mut from_port, mut to_port) = tokio::io::split(connection);
-    // Whether the client said that it has no more to send, or went away.
-    let inward = async {
+    // Returns the reader when the client said that it has no more to send, `None` when it went away.
+    let inward = async move {
         loop {
             match reader.next().await {
-                Ok(Some(Frame::Input(data))) => {
-                    // A port that takes no more may still send.
-                    if to_port.write_all(&data).await.is_err() {
-                        continue;
-                    }
-                }
+                // A port that takes no more may still send, and must not hide the client's end.
+                Ok(Some(Frame::Input(data))) => tokio::select! {
+                    biased;
+                    _ = to_port.write_all(&data) => {}
+                    () = reader.closed() => return None,
+                },
                 Ok(Some(Frame::End)) => {
                     let _ = to_port.shutdown().await;
-                    return true;
+                    return Some(reader);
                 }
-                _ => return false,
+                _ => return None,
             }
         }
     };
@@ -247,8 +267,14 @@ async fn forward(
     };
     tokio::pin!(inward, outward);
     let both = tokio::select! {
-        ended = &mut inward => ended && outward.await,
-        ended = &mut outward => ended && inward.await,
+        ended = &mut inward => match ended {
+            Some(reader) => tokio::select! {
+                ended = &mut outward => ended,
+                () = reader.closed() => false,
+            },
+            None => false,
+        },
+        ended = &mut outward => ended && inward.await.is_some(),
     };
     both.then_some(Exit::Code(0))
 }

@@ -12,7 +12,8 @@ use super::pod::Pod;
 use super::sessions::{Session, Wants};
 use crate::protocol::stream::open_request::Session as Requested;
 use crate::protocol::stream::{
-    ExecSyncRequest, ExecSyncResponse, OpenRequest, OpenResponse, ReopenLogRequest, ReopenLogResponse,
+    CancelExecSyncRequest, CancelExecSyncResponse, ExecSyncRequest, ExecSyncResponse, OpenRequest,
+    OpenResponse, ReopenLogRequest, ReopenLogResponse,
 };
 use crate::protocol::stream_ttrpc::Stream;
 
@@ -23,6 +24,15 @@ impl Stream for StreamService {
     async fn exec_sync(&self, _: &TtrpcContext, request: ExecSyncRequest) -> ttrpc::Result<ExecSyncResponse> {
         let container = self.0.container(&request.container_id)?;
         Ok(super::exec_sync::run(&self.0, container, request).await?)
+    }
+
+    async fn cancel_exec_sync(
+        &self,
+        _: &TtrpcContext,
+        request: CancelExecSyncRequest,
+    ) -> ttrpc::Result<CancelExecSyncResponse> {
+        self.0.exec_syncs.cancel(&request.cancel_key);
+        Ok(CancelExecSyncResponse::new())
     }
 
     async fn reopen_log(

@@ -79,14 +79,17 @@ fn create_request(request: api::CreateTaskRequest) -> Result<(CreateContainer, S
     Ok((create, stdio))
 }
 
+/// A container that runs already was started by a caller that did not live to hear it, so that is no error; it
+/// would be for containerd's own shims.
 async fn start(container: &Arc<Container>) -> Result<u32, ShimError> {
     let _one = container.verbs.lock().await;
     let init = &container.init;
     match init.state() {
         State::Created => container.backend.start().await?,
-        State::Running | State::Paused => {
+        State::Running => return Ok(init.pid),
+        State::Paused => {
             return Err(ShimError::FailedPrecondition(format!(
-                "container {} is running already",
+                "container {} is paused",
                 container.id
             )));
         }
@@ -266,7 +269,7 @@ impl Task for TaskService {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: api::KillRequest) -> ttrpc::Result<Empty> {
-        let container = self.0.container(&request.id)?;
+        let container = self.0.settled_container(&request.id).await?;
         let signal = i32::try_from(request.signal)
             .ok()
             .filter(|signal| (1..=64).contains(signal))
