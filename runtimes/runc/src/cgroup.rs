@@ -83,6 +83,14 @@ fn move_to_own() -> std::io::Result<()> {
 }
 
 impl Cgroup {
+    /// That of nobody: without processes.
+    pub(crate) fn none() -> Self {
+        Self {
+            v1: Vec::new(),
+            v2: None,
+        }
+    }
+
     /// The cgroup of a container, by its first process. Where the runtime was told to make none, the process is
     /// in the shim's own or one above, which is not the container's to be killed or counted: then there is none.
     pub(crate) fn of_container(pid: u32) -> std::io::Result<Self> {

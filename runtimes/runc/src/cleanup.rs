@@ -101,11 +101,7 @@ fn delete_container(runtime: Option<&RuntimeSpec>, id: &str, bundle: &Path) -> R
             return Err(format!("{} delete: {text}", binary.display()).into());
         }
     }
-    // What the runtime did not know of: it died before it wrote its state, or its state is lost.
-    if let Some(cgroup) = cgroup_of(bundle) {
-        process::kill_cgroup(&cgroup);
-        remove_cgroup(&cgroup)?;
-    }
+    end_cgroup(bundle)?;
     mounts::unmount_rootfs(&bundle.join("rootfs"))?;
     let gone = !bundle.exists();
     if !gone && ExitRecord::read(bundle)?.is_none() {
@@ -118,6 +114,15 @@ fn delete_container(runtime: Option<&RuntimeSpec>, id: &str, bundle: &Path) -> R
         .write(bundle)?;
     }
     Ok(())
+}
+
+/// Ends and removes what the runtime does not know of: it died before it wrote its state, or its state is lost.
+pub(crate) fn end_cgroup(bundle: &Path) -> std::io::Result<()> {
+    let Some(cgroup) = cgroup_of(bundle) else {
+        return Ok(());
+    };
+    process::kill_cgroup(&cgroup);
+    remove_cgroup(&cgroup)
 }
 
 /// Killed processes leave a cgroup a moment later.
@@ -134,14 +139,30 @@ fn remove_cgroup(cgroup: &Cgroup) -> std::io::Result<()> {
     }
 }
 
-/// The container's own cgroup by its configuration; `None` for systemd's spelling and for none.
+/// The container's own cgroup by its configuration.
 fn cgroup_of(bundle: &Path) -> Option<Cgroup> {
     let bytes = std::fs::read(bundle.join("config.json")).ok()?;
     let config: serde_json::Value = serde_json::from_slice(&bytes).ok()?;
     let path = config.get("linux")?.get("cgroupsPath")?.as_str()?;
+    let scope = systemd_scope(path);
+    let path = scope.as_deref().unwrap_or(path);
     let parts = path.trim_start_matches('/').split('/');
     let good = path.starts_with('/') && parts.clone().all(|part| !matches!(part, "" | "." | ".."));
     good.then(|| Cgroup::of_path(path).ok()).flatten()
+}
+
+/// The path of a `cgroupsPath` in systemd's spelling, `slice:prefix:name`: a scope, which systemd forgets once it
+/// is empty, in a slice whose name has those above it, see systemd.slice(5).
+fn systemd_scope(spelled: &str) -> Option<String> {
+    let [slice, prefix, name] = spelled.split(':').collect::<Vec<_>>().try_into().ok()?;
+    let mut path = String::new();
+    let mut above = String::new();
+    for part in slice.strip_suffix(".slice")?.split('-') {
+        above.push_str(part);
+        path.push_str(&format!("/{above}.slice"));
+        above.push('-');
+    }
+    Some(format!("{path}/{prefix}-{name}.scope"))
 }
 
 #[cfg(test)]
@@ -175,6 +196,20 @@ mod tests {
             cgroup_of(bundle.path()).is_some()
         };
         assert!(taken("/kubepods/pod1/c1"));
-        assert!(!taken("/") && !taken("/a/../b") && !taken("system.slice:cri:abc") && !taken("relative"));
+        assert!(taken("system.slice:cri:abc"));
+        assert!(!taken("/") && !taken("/a/../b") && !taken("relative") && !taken("a.slice:../b:c"));
+    }
+
+    #[test]
+    fn a_scope_is_found_below_all_its_slices() {
+        let found = |spelled| systemd_scope(spelled);
+        assert_eq!(
+            found("kubepods-burstable-pod1_2.slice:catamaran:abc").as_deref(),
+            Some(
+                "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1_2.slice/catamaran-abc.scope"
+            )
+        );
+        assert_eq!(found("/kubepods/pod1/abc"), None);
+        assert_eq!(found("nonsense:catamaran:abc"), None);
     }
 }

@@ -4,6 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use async_trait::async_trait;
 use catamaran_sandbox::bootstrap::Context;
@@ -21,9 +22,9 @@ use crate::cgroup::{Cgroup, hasten_move};
 use crate::cleanup;
 use crate::console::{ConsoleSocket, Terminal};
 use crate::mounts;
-use crate::oci_runtime::{CommandStdio, OciRuntime, memory_file};
+use crate::oci_runtime::{CommandStdio, OciRuntime, Temporary, memory_file};
 use crate::process::{HostProcess, SignalByRuntime, kill_cgroup};
-use crate::reaper::Reaper;
+use crate::reaper::{Reaper, is_child};
 
 /// What the containers of a pod have in common.
 pub(crate) struct Shared {
@@ -32,6 +33,15 @@ pub(crate) struct Shared {
     pub(crate) reaper: Arc<Reaper>,
     /// The pod's user namespace, through whose mappings layers are mounted.
     pub(crate) user: Option<OwnedFd>,
+    pub(crate) next_console: AtomicU64,
+}
+
+impl Shared {
+    /// A socket's path for the next terminal. A number, as ids are too long for `sockaddr_un`.
+    fn console(&self) -> PathBuf {
+        let number = self.next_console.fetch_add(1, Ordering::Relaxed);
+        self.context.socket_named(&format!("tty-{number}"))
+    }
 }
 
 /// See the module.
@@ -129,7 +139,11 @@ impl OciContainer {
         match Self::make(&shared, &request).await {
             Ok(made) => Ok(made),
             Err(error) => {
-                if let Err(undo) = remove(&shared, &request.id, &request.bundle).await {
+                let undone = match end_cgroup(&request.bundle).await {
+                    Ok(()) => remove(&shared, &request.id, &request.bundle).await,
+                    failed => failed,
+                };
+                if let Err(undo) = undone {
                     return Err(ShimError::Internal(format!(
                         "{error}; and undoing it failed: {undo}"
                     )));
@@ -148,11 +162,8 @@ impl OciContainer {
         let user = shared.user.as_ref().map(AsFd::as_fd);
         mounts::mount_rootfs(&request.rootfs, &bundle.join("rootfs"), user)
             .map_err(|error| ShimError::internal("make the root file system", &error))?;
-        let console = shared
-            .context
-            .socket_named(&format!("tty-{}", short(&request.id)));
-        let mut wiring =
-            Wiring::new(request.terminal, request.stdin, console).map_err(failed("make stdio", bundle))?;
+        let mut wiring = Wiring::new(request.terminal, request.stdin, shared.console())
+            .map_err(failed("make stdio", bundle))?;
         let pid_file = bundle.join("init.pid");
         let mut arguments: Vec<OsString> = vec!["create".into(), "--bundle".into(), bundle.into()];
         arguments.extend(["--pid-file".into(), pid_file.clone().into()]);
@@ -228,24 +239,57 @@ impl OciContainer {
         wiring: &mut Wiring,
         pid_file: &Path,
     ) -> Result<(), ShimError> {
-        let process_file = pid_file.with_extension("json");
-        std::fs::write(&process_file, &request.process).map_err(failed("write the process", &self.bundle))?;
+        let process_file = Temporary(pid_file.with_extension("json"));
+        std::fs::write(&process_file.0, &request.process)
+            .map_err(failed("write the process", &self.bundle))?;
         let mut arguments: Vec<OsString> = vec!["exec".into(), "--detach".into()];
-        arguments.extend(["--process".into(), process_file.clone().into()]);
+        arguments.extend(["--process".into(), process_file.0.clone().into()]);
         arguments.extend(["--pid-file".into(), pid_file.into()]);
         arguments.extend(wiring.arguments());
         arguments.push(self.id.clone().into());
         let far = std::mem::take(&mut wiring.far);
-        let result = self.shared.runtime.run(&self.bundle, arguments, far).await;
-        // Goes with the bundle otherwise.
-        let _ = std::fs::remove_file(&process_file);
-        Ok(result?)
+        let runtime = &self.shared.runtime;
+        Ok(runtime
+            .run_in(self.cgroup.clone(), &self.bundle, arguments, far)
+            .await?)
     }
 }
 
-/// For names with a length limit.
-fn short(id: &str) -> &str {
-    id.get(..8).unwrap_or(id)
+/// An exec whose runtime is at work; dropping it kills the process, if there is one already.
+struct Starting<'a> {
+    container: &'a OciContainer,
+    pid_file: Temporary,
+    taken: bool,
+}
+
+impl Starting<'_> {
+    /// The process's id; it is the caller's from now on.
+    fn take(mut self) -> std::io::Result<i32> {
+        let pid = read_pid(&self.pid_file.0)?;
+        self.taken = true;
+        Ok(pid)
+    }
+}
+
+impl Drop for Starting<'_> {
+    fn drop(&mut self) {
+        // One that was reaped since is no child any more, whoever has its number now.
+        if !self.taken
+            && let Ok(pid) = read_pid(&self.pid_file.0)
+            && is_child(pid)
+        {
+            HostProcess::new(pid, None, self.container.cgroup.clone(), None).kill_tree_now();
+        }
+    }
+}
+
+/// What the runtime leaves where it was killed while it made the container.
+async fn end_cgroup(bundle: &Path) -> Result<(), ShimError> {
+    let path = bundle.to_owned();
+    match tokio::task::spawn_blocking(move || cleanup::end_cgroup(&path)).await {
+        Ok(result) => result.map_err(failed("remove the cgroup", bundle)),
+        Err(error) => Err(ShimError::internal("remove the cgroup", &error)),
+    }
 }
 
 /// Removes a container that has ended or was not made; idempotent.
@@ -287,19 +331,17 @@ impl ContainerBackend for OciContainer {
 
     async fn exec(&self, request: ExecProcess) -> Result<Process, ShimError> {
         hasten_move();
-        let console =
-            self.shared
-                .context
-                .socket_named(&format!("tty-{}-{}", short(&self.id), short(&request.exec_id)));
-        let mut wiring = Wiring::new(request.terminal, request.stdin, console)
+        let mut wiring = Wiring::new(request.terminal, request.stdin, self.shared.console())
             .map_err(failed("make stdio of an exec", &self.bundle))?;
-        let pid_file = self.bundle.join(format!("exec-{}.pid", request.exec_id));
         let expected = self.shared.reaper.expect();
-        let started = self.start_exec(&request, &mut wiring, &pid_file).await;
-        let pid = started.and_then(|()| read_pid(&pid_file).map_err(failed("read the pid", &self.bundle)));
-        // Goes with the bundle otherwise.
-        let _ = std::fs::remove_file(&pid_file);
-        let pid = pid?;
+        let starting = Starting {
+            container: self,
+            pid_file: Temporary(self.bundle.join(format!("exec-{}.pid", request.exec_id))),
+            taken: false,
+        };
+        self.start_exec(&request, &mut wiring, &starting.pid_file.0)
+            .await?;
+        let pid = starting.take().map_err(failed("read the pid", &self.bundle))?;
         let exit = self.shared.reaper.watch(pid);
         drop(expected);
         let terminal = match wiring.terminal().await {

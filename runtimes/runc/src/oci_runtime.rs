@@ -11,11 +11,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use catamaran_sandbox::shim_server::ShimError;
+use tokio::sync::oneshot;
 
-use crate::reaper::Reaper;
+use crate::cgroup::Cgroup;
+use crate::process::HostProcess;
+use crate::reaper::{Exit, Reaper};
 
 /// A runtime that takes longer is killed.
 const LIMIT: Duration = Duration::from_secs(120);
+/// A killed one has so long to end.
+const DEATH: Duration = Duration::from_secs(5);
 /// Bytes of the runtime's messages that are looked at.
 const MAX_MESSAGE: u64 = 16 * 1024;
 
@@ -52,6 +57,27 @@ pub(crate) struct CommandStdio {
     pub(crate) stdin: Option<OwnedFd>,
     pub(crate) stdout: Option<OwnedFd>,
     pub(crate) stderr: Option<OwnedFd>,
+}
+
+/// A runtime at work. It is killed where nobody awaits its end any more, with what it has put into the cgroup.
+struct AtWork(Option<HostProcess>);
+
+impl AtWork {
+    fn kill(&self) {
+        if let Some(process) = &self.0 {
+            process.kill_tree_now();
+        }
+    }
+
+    fn ended(&mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for AtWork {
+    fn drop(&mut self) {
+        self.kill();
+    }
 }
 
 /// One runtime with the node's settings for it.
@@ -102,17 +128,28 @@ impl OciRuntime {
         arguments: impl IntoIterator<Item = A>,
         stdio: CommandStdio,
     ) -> Result<(), RuntimeError> {
+        self.run_in(Cgroup::none(), bundle, arguments, stdio).await
+    }
+
+    /// As [`Self::run`]. Where the runtime is killed, as it hangs or as the future is dropped, what it has started
+    /// in the container's cgroup is killed as well.
+    pub(crate) async fn run_in<A: Into<OsString>>(
+        &self,
+        cgroup: Cgroup,
+        bundle: &Path,
+        arguments: impl IntoIterator<Item = A>,
+        stdio: CommandStdio,
+    ) -> Result<(), RuntimeError> {
         let number = self.next_log.fetch_add(1, Ordering::Relaxed);
-        let log = bundle.join(format!("runtime-{number}.log"));
-        let result = self.run_logged(&log, arguments, stdio).await;
         // Some runtimes make no log where there is nothing to say.
-        let _ = std::fs::remove_file(&log);
-        result
+        let log = Temporary(bundle.join(format!("runtime-{number}.log")));
+        self.run_logged(&log.0, cgroup, arguments, stdio).await
     }
 
     async fn run_logged<A: Into<OsString>>(
         &self,
         log: &Path,
+        cgroup: Cgroup,
         arguments: impl IntoIterator<Item = A>,
         stdio: CommandStdio,
     ) -> Result<(), RuntimeError> {
@@ -140,6 +177,7 @@ impl OciRuntime {
             }
         };
         let (pid, mut exit) = self.reaper.spawn(&mut command).map_err(start)?;
+        let mut at_work = AtWork(Some(HostProcess::new(pid, None, cgroup, None)));
         // The runtime's ends of pipes live in `command` too.
         drop(command);
         let name = self
@@ -158,28 +196,27 @@ impl OciRuntime {
                 std::future::pending::<()>().await;
             }
         };
-        let kill = || {
-            rustix::process::Pid::from_raw(pid)
-                .map(|pid| rustix::process::kill_process(pid, rustix::process::Signal::KILL))
-        };
         let code = tokio::select! {
             exit = &mut exit => exit.map_or(255, |exit| exit.code),
             () = ended => {
-                let killed = kill();
-                tracing::info!(pid, ?killed, "a creation is ended with its pod");
-                // Its end precedes the clean-up of what it made.
-                let _ = exit.await;
+                at_work.kill();
+                tracing::info!(pid, "a creation is ended with its pod");
+                await_death(exit).await;
+                at_work.ended();
                 return Err(RuntimeError::Ended { binary: name, command: verb });
             }
             () = tokio::time::sleep(LIMIT) => {
-                let killed = kill();
-                tracing::error!(pid, verb, ?killed, "the runtime hangs");
+                at_work.kill();
+                tracing::error!(pid, verb, "the runtime hangs");
+                await_death(exit).await;
+                at_work.ended();
                 return Err(RuntimeError::TimedOut {
                     binary: name,
                     command: verb,
                 });
             }
         };
+        at_work.ended();
         if code == 0 {
             return Ok(());
         }
@@ -191,6 +228,22 @@ impl OciRuntime {
             binary: name,
             command: verb,
         })
+    }
+}
+
+/// The end of a runtime that was killed precedes the clean-up of what it made.
+async fn await_death(exit: oneshot::Receiver<Exit>) {
+    if tokio::time::timeout(DEATH, exit).await.is_err() {
+        tracing::error!("a killed runtime does not end");
+    }
+}
+
+/// A file for the runtime. Where it cannot be removed it goes with the bundle.
+pub(crate) struct Temporary(pub(crate) PathBuf);
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
     }
 }
 

@@ -83,22 +83,9 @@ impl HostProcess {
             )),
         }
     }
-}
 
-#[async_trait]
-impl ProcessControl for HostProcess {
-    async fn signal(&self, signal: i32) -> Result<(), ShimError> {
-        if let Some(runtime) = &self.by_runtime {
-            return runtime.signal(signal).await;
-        }
-        self.send(signal)?;
-        if signal == libc::SIGKILL {
-            self.cgroup.thaw();
-        }
-        Ok(())
-    }
-
-    async fn kill_tree(&self) {
+    /// SIGKILL for the process and what it started in the cgroup.
+    pub(crate) fn kill_tree_now(&self) {
         // The tree is known by its root, so the root goes last.
         let mut known = HashSet::from([self.pid]);
         for _ in 0..ROUNDS {
@@ -117,6 +104,24 @@ impl ProcessControl for HostProcess {
         for pid in descendants(&self.cgroup, self.pid, &mut known) {
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         }
+    }
+}
+
+#[async_trait]
+impl ProcessControl for HostProcess {
+    async fn signal(&self, signal: i32) -> Result<(), ShimError> {
+        if let Some(runtime) = &self.by_runtime {
+            return runtime.signal(signal).await;
+        }
+        self.send(signal)?;
+        if signal == libc::SIGKILL {
+            self.cgroup.thaw();
+        }
+        Ok(())
+    }
+
+    async fn kill_tree(&self) {
+        self.kill_tree_now();
     }
 
     async fn resize(&self, width: u16, height: u16) -> Result<(), ShimError> {

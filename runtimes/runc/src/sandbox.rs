@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
@@ -108,6 +109,7 @@ impl SandboxBackend for NamespaceSandbox {
             runtime,
             reaper: self.reaper.clone(),
             user,
+            next_console: AtomicU64::new(0),
         });
         *self.made() = Some(Made {
             namespaces,

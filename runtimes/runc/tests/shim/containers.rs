@@ -3,10 +3,11 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use crate::fake_runtime::FakeRuntime;
 use crate::harness::{Options, Pod, any, code_of, ctx, log_lines, process, task_exec};
 use catamaran_sandbox::pod_spec::PidNamespace;
 use catamaran_sandbox::protocol::OCI_RESOURCES_TYPE;
-use catamaran_sandbox::protocol::stream::ReopenLogRequest;
+use catamaran_sandbox::protocol::stream::{CancelExecSyncRequest, ExecSyncRequest, ReopenLogRequest};
 use containerd_shim_protos::api::{self, Status};
 use containerd_shim_protos::cgroups::metrics as v1;
 use containerd_shim_protos::cgroups_v2::metrics as v2;
@@ -88,7 +89,12 @@ async fn signals_reach_the_first_process_or_all() {
     let pod = Pod::start(Options::default()).await;
     let script = "trap 'echo term; exit 3' TERM; sleep 1000 & echo ready; wait";
     let one = pod.container(&["sh", "-c", script]);
-    pod.run(&one).await;
+    let pid = pod.run(&one).await;
+    assert_eq!(
+        pod.start_container(&one.id).await.unwrap(),
+        pid,
+        "starting twice is no error"
+    );
     until(|| log_lines(&pod.log_of(&one.id), "stdout").len() == 1).await;
     assert_eq!(pod.pids(&one.id).await.len(), 2);
     assert_eq!(
@@ -182,6 +188,11 @@ async fn exec_sync_returns_output_and_is_bounded_in_time_and_size() {
         .await
         .unwrap();
     assert_eq!((killed.exit_code, killed.timed_out), (137, false));
+    let real_time = pod
+        .exec_sync(&one.id, &["sh", "-c", "kill -37 $$"], 10_000)
+        .await
+        .unwrap();
+    assert_eq!((real_time.exit_code, real_time.timed_out), (165, false));
     let error = pod
         .exec_sync(&one.id, &["nonsense"], 0)
         .await
@@ -223,7 +234,6 @@ async fn exec_sync_returns_output_and_is_bounded_in_time_and_size() {
 /// More than a message holds comes by a session, without a byte lost, and no more than the CRI's bound.
 #[tokio::test]
 async fn exec_sync_gives_up_to_16_mib_of_each_stream() {
-    use catamaran_sandbox::protocol::stream::ExecSyncRequest;
     use catamaran_sandbox::stream_frames::{self, Exit, Frame, FrameReader};
 
     let pod = Pod::start(Options::default()).await;
@@ -291,6 +301,115 @@ async fn a_caller_that_goes_away_ends_its_exec_but_not_the_container() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     assert_eq!(pod.state(&one.id).await, Status::RUNNING);
+}
+
+#[tokio::test]
+async fn an_exec_sync_is_cancelled_by_its_key() {
+    let pod = Pod::start(Options::default()).await;
+    let one = pod.container(&["sleep", "1000"]);
+    pod.run(&one).await;
+    let request = ExecSyncRequest {
+        container_id: one.id.clone(),
+        process: serde_json::to_vec(&process(&["sh", "-c", "sleep 987 & sleep 987"], false)).unwrap(),
+        cancel_key: "k".to_owned(),
+        ..Default::default()
+    };
+    let call = tokio::spawn({
+        let (stream, request) = (pod.stream(), request.clone());
+        async move { stream.exec_sync(ctx(), &request).await }
+    });
+    while pod.pids(&one.id).await.len() < 3 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(
+        code_of(pod.stream().exec_sync(ctx(), &request).await),
+        Code::ALREADY_EXISTS
+    );
+    let mut cancel = CancelExecSyncRequest::new();
+    for key in ["unknown", "k", "k"] {
+        cancel.cancel_key = key.to_owned();
+        pod.stream().cancel_exec_sync(ctx(), &cancel).await.unwrap();
+    }
+    assert_eq!(code_of(call.await.unwrap()), Code::FAILED_PRECONDITION);
+    assert_eq!(pod.pids(&one.id).await.len(), 1);
+}
+
+/// The time limit is the caller's, whatever the runtime takes; neither it nor what it started lives on.
+#[tokio::test]
+async fn exec_sync_does_not_wait_for_a_runtime_that_hangs() {
+    let runtime = FakeRuntime::new(
+        "case \" $* \" in *' exec '*) /usr/sbin/runc \"$@\"; echo $$ > $HERE/pid; exec sleep 986;; esac\n\
+         exec /usr/sbin/runc \"$@\"",
+    );
+    let pod = Pod::start(runtime.options()).await;
+    let one = pod.container(&["sleep", "1000"]);
+    pod.run(&one).await;
+    let begun = Instant::now();
+    let answer = pod.exec_sync(&one.id, &["sleep", "987"], 1000).await.unwrap();
+    assert!(answer.timed_out && begun.elapsed() < Duration::from_secs(3));
+    let hanging = runtime.read("pid");
+    until(|| !Path::new("/proc").join(hanging.trim()).exists()).await;
+    let begun = Instant::now();
+    while pod.pids(&one.id).await.len() > 1 {
+        assert!(begun.elapsed() < Duration::from_secs(5), "the exec lives on");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let left: Vec<_> = std::fs::read_dir(pod.bundle_of(&one.id))
+        .unwrap()
+        .flatten()
+        .map(|entry| entry.file_name().into_string().unwrap())
+        .filter(|name| name.starts_with("exec-") || name.starts_with("runtime-"))
+        .collect();
+    assert_eq!(left, Vec::<String>::new());
+}
+
+/// Whoever comes after a caller that died during Create finds all of the container or nothing.
+#[tokio::test]
+async fn delete_and_kill_await_a_creation() {
+    let runtime = FakeRuntime::new(
+        "case \" $* \" in *' create '*) sleep 1;; esac\n\
+         exec /usr/sbin/runc \"$@\"",
+    );
+    let pod = Pod::start(runtime.options()).await;
+    let (one, two) = (
+        pod.container(&["sleep", "1000"]),
+        pod.container(&["sleep", "1000"]),
+    );
+    let deleting = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        assert_eq!(pod.delete(&one.id).await.unwrap(), 137);
+        assert_eq!(code_of(pod.delete(&one.id).await), Code::NOT_FOUND);
+        pod.kill(&two.id, libc::SIGKILL, true).await.unwrap();
+        assert_eq!(pod.wait(&two.id).await, 137);
+    };
+    let (first, second, ()) = tokio::join!(pod.create(&one), pod.create(&two), deleting);
+    assert!(first.unwrap() > 0 && second.unwrap() > 0);
+    assert!(!pod.leftovers().iter().any(|left| left.contains(&one.id)));
+}
+
+/// runc writes its state late: one that is killed before knows nothing of its container afterwards.
+#[tokio::test]
+async fn a_creation_that_is_killed_leaves_no_cgroup() {
+    let runtime = FakeRuntime::new(
+        "case \" $* \" in *' create '*)\n\
+           for id; do :; done; at=/sys/fs/cgroup; [ -d $at/pids ] && at=$at/pids\n\
+           mkdir -p $at$(cat $HERE/parent)/$id; sleep 987 & echo $! > $at$(cat $HERE/parent)/$id/cgroup.procs\n\
+           echo $! > $HERE/pid; exec sleep 986;; esac\n\
+         exec /usr/sbin/runc \"$@\"",
+    );
+    let pod = Pod::start(runtime.options()).await;
+    runtime.write("parent", &pod.spec.cgroup_parent);
+    let one = pod.container(&["sleep", "1000"]);
+    let stopping = async {
+        until(|| !runtime.read("pid").is_empty()).await;
+        assert!(pod.leftovers().iter().any(|left| left.contains("sys/fs/cgroup")));
+        pod.stop().await.unwrap();
+    };
+    let (created, ()) = tokio::join!(pod.create(&one), stopping);
+    assert_eq!(code_of(created), Code::FAILED_PRECONDITION);
+    assert_eq!(pod.leftovers(), Vec::<String>::new());
+    let orphan = runtime.read("pid");
+    assert!(!Path::new("/proc").join(orphan.trim()).exists());
 }
 
 #[tokio::test]

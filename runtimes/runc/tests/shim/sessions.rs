@@ -12,7 +12,7 @@ use catamaran_sandbox::protocol::stream::{AttachSession, ExecSession, OpenReques
 use catamaran_sandbox::stream_frames::{self, Exit, Frame, FrameReader, TerminalSize};
 use containerd_shim_protos::ttrpc::Code;
 
-use crate::harness::{Options, Pod, code_of, ctx, log_lines, process};
+use crate::harness::{Options, Pod, Session, code_of, ctx, log_lines, process};
 
 fn exec(id: &str, args: &[&str], terminal: bool, stdin: bool) -> OpenRequest {
     let mut session = ExecSession::new();
@@ -130,6 +130,161 @@ async fn an_exec_with_a_terminal_is_resized_and_dies_with_its_client() {
     }
 }
 
+/// How many processes a container has, once it is so many.
+async fn until_processes(pod: &Pod, id: &str, count: usize) {
+    let begun = Instant::now();
+    while pod.pids(id).await.len() != count {
+        assert!(begun.elapsed() < Duration::from_secs(5), "not {count} processes");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test]
+async fn an_exec_dies_with_its_client_whatever_it_reads_and_writes() {
+    let pod = Pod::start(Options::default()).await;
+    let one = pod.container(&["sleep", "1000"]);
+    pod.run(&one).await;
+
+    // Only the writing side sees that nobody reads.
+    let mut session = pod.open(exec(&one.id, &["yes"], false, false)).await;
+    session.until("y").await;
+    let socket: &tokio::net::UnixStream = session.reader.get_ref().as_ref();
+    rustix::net::shutdown(socket, rustix::net::Shutdown::Read).unwrap();
+    until_processes(&pod, &one.id, 1).await;
+
+    // Its input is full, and the client's end is behind it.
+    let mut session = pod.open(exec(&one.id, &["sleep", "987"], false, true)).await;
+    fill(&mut session).await;
+    until_processes(&pod, &one.id, 2).await;
+    drop(session);
+    until_processes(&pod, &one.id, 1).await;
+}
+
+/// Sends input until nobody takes any more.
+async fn fill(session: &mut Session) {
+    let frame = input(vec![b'x'; 32 * 1024]);
+    let limit = Duration::from_millis(500);
+    while let Ok(sent) =
+        tokio::time::timeout(limit, stream_frames::write_frame(&mut session.writer, &frame)).await
+    {
+        sent.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_goes_away_leaves_a_containers_input_to_others() {
+    let pod = Pod::start(Options::default()).await;
+    let mut one = pod.container(&["sh", "-c", "sleep 987; cat"]);
+    one.stdin = STDIN_KEEP;
+    pod.run(&one).await;
+    let mut session = pod.open(attach(&one.id, true)).await;
+    fill(&mut session).await;
+    drop(session);
+    let mut close = containerd_shim_protos::api::CloseIORequest::new();
+    (close.id, close.stdin) = (one.id.clone(), true);
+    let task = pod.task();
+    tokio::time::timeout(Duration::from_secs(5), task.close_io(ctx(), &close))
+        .await
+        .expect("the input is held")
+        .unwrap();
+}
+
+#[tokio::test]
+async fn many_terminals_at_once_are_not_mixed_up() {
+    let pod = Pod::start(Options::default()).await;
+    let one = pod.container(&["sleep", "1000"]);
+    pod.run(&one).await;
+    for _ in 0..10 {
+        pod.output(&one.id, &["true"]).await;
+    }
+    let terminals = (0..20).map(|number| {
+        let (pod, id) = (&pod, &one.id);
+        async move {
+            let text = format!("number {number};");
+            let mut session = pod.open(exec(id, &["echo", &text], true, false)).await;
+            let (stdout, _, others) = session.rest().await;
+            assert_eq!(String::from_utf8(stdout).unwrap(), format!("{text}\r\n"));
+            assert_eq!(others, [Frame::OutputEnd, Frame::Exit(Exit::Code(0))]);
+        }
+    });
+    futures::future::join_all(terminals).await;
+}
+
+/// 1,024 bytes.
+fn numbered(line: usize) -> String {
+    format!("{line:012}{}\n", "x".repeat(1011))
+}
+
+#[tokio::test]
+async fn a_slow_reader_of_100_mb_costs_neither_the_log_nor_others_a_byte() {
+    const LINES: usize = 102_400;
+    let pod = Pod::start(Options::default()).await;
+    let write = format!(
+        "busybox awk 'BEGIN {{ p = \"x\"; while (length(p) < 1011) p = p \"x\"; \
+         for (i = 0; i < {LINES}; i++) printf \"%012d%s\\n\", i, p }}'"
+    );
+    let mut one = pod.container(&[
+        "sh",
+        "-c",
+        &format!("echo up; read line; echo up; read line; {write}"),
+    ]);
+    one.stdin = STDIN_KEEP;
+    pod.run(&one).await;
+    let mut fast = pod.open(attach(&one.id, true)).await;
+    let mut slow = pod.open(attach(&one.id, false)).await;
+    // Both are attached when both have seen something.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    fast.send(input("one\n")).await;
+    fast.until("up\n").await;
+    slow.until("up\n").await;
+    fast.send(input("two\n")).await;
+    let (mut bytes, mut line, mut ends) = (Vec::new(), 0, Vec::new());
+    while let Some(frame) = fast.next().await {
+        let Frame::Stdout(data) = frame else {
+            ends.push(frame);
+            continue;
+        };
+        bytes.extend_from_slice(&data);
+        let whole = bytes.len() / 1024 * 1024;
+        for taken in bytes.drain(..whole).as_slice().chunks(1024) {
+            assert!(taken == numbered(line).as_bytes(), "line {line}");
+            line += 1;
+        }
+    }
+    assert_eq!((line, bytes.len()), (LINES, 0));
+    assert_eq!(ends, [Frame::OutputEnd, Frame::Exit(Exit::Code(0))]);
+    assert_eq!(pod.wait(&one.id).await, 0);
+
+    let log = std::fs::read_to_string(pod.log_of(&one.id)).unwrap();
+    let mut logged = 0;
+    for (text, number) in log.lines().skip(2).zip(0..) {
+        assert!(
+            text.split_once(" stdout F ").unwrap().1 == numbered(number).trim_end(),
+            "line {number} of the log"
+        );
+        logged += 1;
+    }
+    assert_eq!(logged, LINES);
+
+    // It gets what was queued for it, in order, and is told why there is no more.
+    let (stdout, _, others) = slow.rest().await;
+    assert!(stdout.len() < 4 << 20, "{} bytes were kept for it", stdout.len());
+    for (taken, number) in stdout.chunks_exact(1024).zip(0..) {
+        assert!(taken == numbered(number).as_bytes(), "line {number}");
+    }
+    assert!(
+        matches!(&others[..], [Frame::Exit(Exit::Error(text))] if text.contains("too slow")),
+        "{others:?}"
+    );
+    let status = std::fs::read_to_string(format!("/proc/{}/status", pod.shim_pid())).unwrap();
+    let peak = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))
+        .unwrap();
+    let peak: u64 = peak.trim().trim_end_matches(" kB").parse().unwrap();
+    assert!(peak < 16 << 10, "the shim took {peak} KiB");
+}
+
 #[tokio::test]
 async fn everybody_attached_sees_the_output_and_stdin_is_kept() {
     let pod = Pod::start(Options::default()).await;
@@ -233,6 +388,33 @@ async fn ports_are_the_pods_own_in_both_address_families() {
         assert!(received == sent, "{} bytes came back", received.len());
         assert_eq!(others, [Frame::End, Frame::Exit(Exit::Code(0))]);
     }
+    // A client that goes away is seen whether the port takes nothing or has all and says nothing.
+    let (port, _held) = silent_port(&pod);
+    let descriptors = || {
+        std::fs::read_dir(format!("/proc/{}/fd", pod.shim_pid()))
+            .unwrap()
+            .count()
+    };
+    let before = descriptors();
+    for unread in [true, false] {
+        let mut session = pod.open(forward(port)).await;
+        if unread {
+            fill(&mut session).await;
+        } else {
+            session.send(Frame::End).await;
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+        assert!(descriptors() > before);
+        drop(session);
+        let begun = Instant::now();
+        while descriptors() > before {
+            assert!(
+                begun.elapsed() < Duration::from_secs(5),
+                "the connection stays, unread: {unread}"
+            );
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
     let mut closed = pod.open(forward(9)).await;
     assert!(
         matches!(&closed.rest().await.2[..], [Frame::Exit(Exit::Error(text))] if text.contains("refused"))
@@ -241,6 +423,18 @@ async fn ports_are_the_pods_own_in_both_address_families() {
         code_of(pod.stream().open(ctx(), &forward(70_000)).await),
         Code::INVALID_ARGUMENT
     );
+}
+
+/// A port in the pod whose connections wait for ever to be accepted, as long as the second value lives.
+fn silent_port(pod: &Pod) -> (u32, TcpListener) {
+    let network = pod.spec.namespaces.network.clone().unwrap();
+    let listener = std::thread::spawn(move || {
+        let namespace = std::fs::File::open(&network).unwrap();
+        nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        TcpListener::bind("127.0.0.1:0").unwrap()
+    });
+    let listener = listener.join().unwrap();
+    (u32::from(listener.local_addr().unwrap().port()), listener)
 }
 
 #[tokio::test]
