@@ -2,7 +2,7 @@
 //! own process group, so that what it starts ends with it, and none outlives its owner.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -30,15 +30,30 @@ pub struct Output {
 /// # Errors
 /// It cannot be started, or runs longer than `limit` (then its process group is killed).
 pub fn run(command: &mut Command, limit: Duration) -> Result<Output> {
+    run_with_input(command.stdin(Stdio::null()), None, limit)
+}
+
+/// Runs a command with these bytes as its standard input, closed after them, to its end.
+///
+/// # Errors
+/// As [`run`]. An input that the command does not read to its end is no error.
+pub fn feed(command: &mut Command, input: &[u8], limit: Duration) -> Result<Output> {
+    run_with_input(command.stdin(Stdio::piped()), Some(input.to_owned()), limit)
+}
+
+fn run_with_input(command: &mut Command, input: Option<Vec<u8>>, limit: Duration) -> Result<Output> {
     let name = describe(command);
     let start = Instant::now();
     let mut child = command
-        .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .process_group(0)
         .spawn()
         .with_context(|| format!("cannot start {name}"))?;
+    if let (Some(mut pipe), Some(input)) = (child.stdin.take(), input) {
+        // Not joined: where nobody reads, it ends with the command.
+        std::thread::spawn(move || drop(pipe.write_all(&input)));
+    }
     let reader = |pipe: Option<Box<dyn Read + Send>>| {
         std::thread::spawn(move || {
             let mut bytes = Vec::new();

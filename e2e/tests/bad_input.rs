@@ -16,7 +16,7 @@ fn main() -> ExitCode {
         .one(Runc, "an_unknown_handler_lists_the_known", handler)
         .one(Runc, "ids_that_are_not_there", unknown_ids)
         .one(Runc, "containers_in_pods_that_do_not_run", stopped_pod)
-        .one(Runc, "streaming_verbs_say_where_they_stand", streaming)
+        .both("streams_that_cannot_be", streaming)
         .main()
 }
 
@@ -239,15 +239,26 @@ fn stopped_pod(t: &Case<'_>) -> Result<()> {
 }
 
 fn streaming(t: &Case<'_>) -> Result<()> {
-    if !t.ours() {
-        return Ok(());
-    }
     let pod = t.pod()?;
     let id = t.start(&pod, &t.idle("main"))?;
-    let output = t.node.crictl.run(&["exec", &id, "echo", "streamed"])?;
-    // Served, or refused by name: never a hang and never silence.
-    let refused =
-        output.code != 0 && output.stderr.contains("Unimplemented") && output.stderr.contains("Exec");
-    ensure!(output.stdout.trim() == "streamed" || refused, "{output:?}");
+    let created = t.node.create(&pod, &t.idle("created"))?;
+    let unknown = "0".repeat(64);
+    for (words, code, parts) in [
+        (
+            ["exec", &unknown, "true"].as_slice(),
+            "NotFound",
+            vec![unknown.as_str()],
+        ),
+        (&["attach", &unknown], "NotFound", vec![&unknown]),
+        (&["port-forward", &unknown, "8080"], "NotFound", vec![&unknown]),
+        (&["exec", &created, "true"], "FailedPrecondition", vec![&created]),
+        (&["attach", &created], "FailedPrecondition", vec![&created]),
+        (&["exec", &id, "/no/such/program"], "", vec!["/no/such/program"]),
+    ] {
+        let message = t.node.crictl.fails(words)?;
+        let refused = code.is_empty() || message.contains(&format!("code = {code}"));
+        let named = parts.iter().all(|part| message.contains(part));
+        ensure!((refused && named) || !t.ours(), "{words:?}: {message}");
+    }
     Ok(())
 }

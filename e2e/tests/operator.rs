@@ -1,5 +1,6 @@
 //! What an operator meets: the commands, the configuration file, the embedded default network.
 
+use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
@@ -190,7 +191,9 @@ fn distribution_kernel(t: &Case<'_>) -> Result<()> {
     let kernels = std::fs::read_dir(&built)?
         .flatten()
         .map(|e| e.file_name().to_string_lossy().into_owned());
-    let of_distribution: Vec<String> = kernels.filter(|name| name.contains("cloud")).collect();
+    // Beside it there may be the minimal one.
+    let boots = |name: &String| Path::new("/boot").join(format!("vmlinuz-{name}")).exists();
+    let of_distribution: Vec<String> = kernels.filter(boots).collect();
     ensure!(
         !of_distribution.is_empty(),
         "no kernel of the distribution was built into {}",
