@@ -118,10 +118,19 @@ fn launch(path: &Path, installed: &Installed) -> std::io::Result<(UnixStream, Ch
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .kill_on_drop(true);
-    // SAFETY: between fork and exec, dup2 and fcntl only, which are async-signal-safe; `inherited` is open until
-    // the child has been made.
+    let daemon = std::process::id();
+    // SAFETY: between fork and exec, prctl, getppid, dup2 and fcntl only, which are async-signal-safe; `inherited` is
+    // open until the child has been made.
     unsafe {
         command.pre_exec(move || {
+            // A daemon that is killed cannot end its plugins, and the next one launches its own. The kernel takes the
+            // thread that forked for the parent: here one of the runtime, which lives as long as the daemon.
+            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) < 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            if u32::try_from(libc::getppid()) != Ok(daemon) {
+                return Err(std::io::Error::from_raw_os_error(libc::ESRCH));
+            }
             let done = if inherited == SOCKET {
                 libc::fcntl(SOCKET, libc::F_SETFD, 0)
             } else {
@@ -170,5 +179,57 @@ mod tests {
             [("a".into(), "general".into()), ("b".into(), "special".into())]
         );
         assert!(discover(&directory.path().join("none"), &configs).is_empty());
+    }
+
+    const AS_DAEMON: &str = "CATAMARAN_TEST_PLUGIN";
+
+    /// Not a test of its own: the daemon of the one below, which it kills.
+    #[tokio::test]
+    async fn as_a_daemon() {
+        let Some(plugin) = std::env::var_os(AS_DAEMON) else {
+            return;
+        };
+        let installed = Installed {
+            index: "10".into(),
+            name: "a".into(),
+            config: String::new(),
+        };
+        let _launched = launch(Path::new(&plugin), &installed).unwrap();
+        std::future::pending::<()>().await;
+    }
+
+    #[test]
+    fn plugins_do_not_outlive_a_daemon_that_is_killed() {
+        use std::time::{Duration, Instant};
+        let directory = tempfile::tempdir().unwrap();
+        let (plugin, pid) = (directory.path().join("10-a"), directory.path().join("pid"));
+        // Its socket's end does not end it.
+        let text = format!(
+            "#!/bin/sh\necho $$ >{0}.new\nmv {0}.new {0}\nexec sleep 60\n",
+            pid.display()
+        );
+        std::fs::write(&plugin, text).unwrap();
+        std::fs::set_permissions(&plugin, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let mut daemon = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "launch::tests::as_a_daemon", "--nocapture"])
+            .env(AS_DAEMON, &plugin)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let within = Instant::now() + Duration::from_secs(20);
+        let wait = |until: &dyn Fn() -> bool| {
+            while !until() && Instant::now() < within {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            until()
+        };
+        let launched = wait(&|| pid.exists());
+        daemon.kill().unwrap();
+        daemon.wait().unwrap();
+        assert!(launched);
+        let pid = std::fs::read_to_string(&pid).unwrap();
+        let status = format!("/proc/{}/status", pid.trim());
+        let gone = || std::fs::read_to_string(&status).is_ok_and(|text| text.contains("State:\tZ"));
+        assert!(wait(&|| !Path::new(&status).exists() || gone()));
     }
 }
