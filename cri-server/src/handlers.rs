@@ -5,13 +5,13 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime};
 
 use catamaran_sandbox::pod_spec::{Acceleration, RuntimeSpec};
 use catamaran_spec::{RuntimeFeatures, Side};
 use serde::{Deserialize, Serialize};
 use tokio::process::Command;
-use tokio::sync::OnceCell;
+use tokio::sync::Mutex;
 
 use crate::config::{Config, DEFAULT_HANDLER, HandlerConfig, HandlerType};
 use crate::error::{Error, Result};
@@ -25,13 +25,16 @@ pub const RUNV_SHIM: &str = "containerd-shim-catamaran-runv-v2";
 /// A child that only answers a question about itself.
 const ASK_LIMIT: Duration = Duration::from_secs(10);
 
+/// A probe that says no may have met a busy host, or one whose module was loaded later: it is asked again.
+const PROBE_AGAIN: Duration = Duration::from_secs(600);
+
 /// All handlers of the node.
 #[derive(Debug)]
 pub struct Handlers {
     by_name: BTreeMap<String, Handler>,
-    acceleration: OnceCell<Verdict>,
+    /// The probe's last answer and when it was given.
+    acceleration: Mutex<Option<(Verdict, Instant)>>,
     verdict_file: PathBuf,
-    vm_shim: Result<PathBuf, String>,
 }
 
 /// One handler.
@@ -43,19 +46,54 @@ pub struct Handler {
     pub kind: HandlerType,
     /// Its entry of the configuration.
     pub config: HandlerConfig,
-    shim: Result<PathBuf, String>,
-    binary: Result<PathBuf, String>,
+    shim_dir: Option<PathBuf>,
     root: PathBuf,
     /// Where containers' writable layers are.
     snapshots: PathBuf,
-    features: OnceCell<Features>,
+    /// What this build of the runtime said.
+    features: Mutex<Option<(Build, Features)>>,
 }
 
 /// What a handler can do, and why not the rest.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct Features {
     runtime: RuntimeFeatures,
     no_user_namespaces: String,
+}
+
+/// An executable as it is installed; an upgrade makes another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Build {
+    path: PathBuf,
+    inode: u64,
+    modified: Option<SystemTime>,
+}
+
+impl Build {
+    fn of(path: &Path) -> Option<Self> {
+        let metadata = std::fs::metadata(path).ok()?;
+        Some(Self {
+            path: path.to_owned(),
+            inode: std::os::unix::fs::MetadataExt::ino(&metadata),
+            modified: metadata.modified().ok(),
+        })
+    }
+}
+
+/// Why a child did not answer.
+#[derive(Debug)]
+enum Unanswered {
+    /// It ended with an error, and will again.
+    No(String),
+    /// It could not be started or did not end in time; that may pass.
+    NotNow(String),
+}
+
+impl Unanswered {
+    fn into_text(self) -> String {
+        let (Self::No(text) | Self::NotNow(text)) = self;
+        text
+    }
 }
 
 /// What the vCPU probe of the vm shim says (`probe`, JSON).
@@ -83,52 +121,26 @@ impl Handlers {
     /// From the configuration. What is missing on the node is reported when the handler is used or checked.
     #[must_use]
     pub fn new(config: &Config, dirs: &Dirs) -> Self {
-        let shim_of = |kind, entry: &HandlerConfig| match &entry.shim {
-            Some(path) if path.is_file() => Ok(path.clone()),
-            Some(path) => Err(format!("{} does not exist", path.display())),
-            None => {
-                let name = if kind == HandlerType::Vm {
-                    RUNV_SHIM
-                } else {
-                    RUNC_SHIM
-                };
-                find_shim(name, config.shim_dir.as_deref())
-            }
-        };
         let by_name: BTreeMap<String, Handler> = config
             .all_handlers()
             .into_iter()
             .map(|(name, entry)| {
-                let kind = entry.kind(&name);
-                let program = match kind {
-                    HandlerType::Oci => entry.binary.clone().unwrap_or_else(|| PathBuf::from(&name)),
-                    HandlerType::Vm => entry.vmm.clone().unwrap_or_else(|| "qemu-system-x86_64".into()),
-                };
                 let handler = Handler {
-                    shim: shim_of(kind, &entry),
-                    binary: find_program(&program),
+                    shim_dir: config.shim_dir.clone(),
                     root: dirs.runtime_root(&name),
                     snapshots: dirs.snapshots(),
-                    kind,
+                    kind: entry.kind(&name),
                     config: entry,
-                    features: OnceCell::new(),
+                    features: Mutex::default(),
                     name: name.clone(),
                 };
                 (name, handler)
             })
             .collect();
-        let vm_shim = by_name
-            .values()
-            .find(|handler| handler.kind == HandlerType::Vm)
-            .map_or_else(
-                || Err("no handler of type vm is configured".to_owned()),
-                |vm| vm.shim.clone(),
-            );
         Self {
             by_name,
-            acceleration: OnceCell::new(),
+            acceleration: Mutex::default(),
             verdict_file: dirs.acceleration(),
-            vm_shim,
         }
     }
 
@@ -155,32 +167,55 @@ impl Handlers {
         self.by_name.values()
     }
 
-    /// How VMs run on this node. The probe runs once and its verdict is kept until a reboot.
-    pub async fn verdict(&self) -> &Verdict {
-        self.acceleration
-            .get_or_init(|| async {
-                if let Ok(bytes) = std::fs::read(&self.verdict_file)
-                    && let Ok(verdict) = serde_json::from_slice(&bytes)
-                {
-                    return verdict;
-                }
-                match self.probe().await {
-                    Ok(verdict) => {
-                        self.keep(&verdict);
-                        verdict
-                    }
-                    Err(reason) => Verdict {
-                        usable: false,
-                        reason,
-                    },
-                }
-            })
-            .await
+    /// How VMs run on this node. That KVM works holds until a reboot; that it does not is asked again after a
+    /// while, and that the probe could not be run is not kept at all.
+    pub async fn verdict(&self) -> Verdict {
+        let mut known = self.acceleration.lock().await;
+        if let Some((verdict, since)) = &*known
+            && (verdict.usable || since.elapsed() < PROBE_AGAIN)
+        {
+            return verdict.clone();
+        }
+        if known.is_none()
+            && let Some((verdict, since)) = self.kept()
+        {
+            *known = Some((verdict.clone(), since));
+            return verdict;
+        }
+        match self.probe().await {
+            Ok(verdict) => {
+                self.keep(&verdict);
+                *known = Some((verdict.clone(), Instant::now()));
+                verdict
+            }
+            Err(reason) => Verdict {
+                usable: false,
+                reason,
+            },
+        }
+    }
+
+    /// What a former process found, where it still holds.
+    fn kept(&self) -> Option<(Verdict, Instant)> {
+        let verdict: Verdict = serde_json::from_slice(&std::fs::read(&self.verdict_file).ok()?).ok()?;
+        let written = std::fs::metadata(&self.verdict_file).ok()?.modified().ok()?;
+        let since = Instant::now().checked_sub(written.elapsed().ok()?);
+        match since {
+            Some(since) if verdict.usable || since.elapsed() < PROBE_AGAIN => Some((verdict, since)),
+            None if verdict.usable => Some((verdict, Instant::now())),
+            _ => None,
+        }
     }
 
     async fn probe(&self) -> Result<Verdict, String> {
-        let shim = self.vm_shim.clone()?;
-        let answer = ask(&shim, &["probe".as_ref()]).await?;
+        let vm = self
+            .by_name
+            .values()
+            .find(|handler| handler.kind == HandlerType::Vm)
+            .ok_or("no handler of type vm is configured")?;
+        let answer = ask(&vm.find_shim()?, &["probe".as_ref()])
+            .await
+            .map_err(Unanswered::into_text)?;
         serde_json::from_slice(&answer).map_err(|e| format!("the probe's answer is not JSON: {e}"))
     }
 
@@ -195,20 +230,42 @@ impl Handlers {
 }
 
 impl Handler {
-    /// Its shim.
+    /// Its shim, as it is installed now.
     ///
     /// # Errors
     /// [`Error::FailedPrecondition`] when it is not installed.
-    pub fn shim(&self) -> Result<&Path> {
-        self.shim.as_deref().map_err(|problem| self.unusable(problem))
+    pub fn shim(&self) -> Result<PathBuf> {
+        self.find_shim().map_err(|problem| self.unusable(&problem))
     }
 
-    /// The OCI runtime or the VMM.
+    fn find_shim(&self) -> Result<PathBuf, String> {
+        match &self.config.shim {
+            Some(path) if path.is_file() => Ok(path.clone()),
+            Some(path) => Err(format!("{} does not exist", path.display())),
+            None => {
+                let name = match self.kind {
+                    HandlerType::Vm => RUNV_SHIM,
+                    HandlerType::Oci => RUNC_SHIM,
+                };
+                find_shim(name, self.shim_dir.as_deref())
+            }
+        }
+    }
+
+    /// The OCI runtime or the VMM, as it is installed now.
     ///
     /// # Errors
     /// [`Error::FailedPrecondition`] when it is not installed.
-    pub fn program(&self) -> Result<&Path> {
-        self.binary.as_deref().map_err(|problem| self.unusable(problem))
+    pub fn program(&self) -> Result<PathBuf> {
+        self.find_program().map_err(|problem| self.unusable(&problem))
+    }
+
+    fn find_program(&self) -> Result<PathBuf, String> {
+        let (given, default) = match self.kind {
+            HandlerType::Oci => (&self.config.binary, self.name.as_str()),
+            HandlerType::Vm => (&self.config.vmm, "qemu-system-x86_64"),
+        };
+        find_program(given.as_deref().unwrap_or(Path::new(default)))
     }
 
     fn unusable(&self, problem: &str) -> Error {
@@ -230,28 +287,24 @@ impl Handler {
     /// [`Error::FailedPrecondition`] when the runtime is not installed.
     pub fn oci_spec(&self) -> Result<RuntimeSpec> {
         Ok(RuntimeSpec::Oci {
-            binary: self.program()?.to_owned(),
+            binary: self.program()?,
             args: self.config.args.clone().unwrap_or_default(),
             root: self.root.clone(),
         })
     }
 
-    /// What its OCI runtime can do, by `<runtime> features`, asked once. A runtime without that subcommand, and
-    /// one that cannot be run, can do nothing beyond the basics.
+    /// What its OCI runtime can do, by `<runtime> features`, asked once of each build of it. A runtime without that
+    /// subcommand, and one that cannot be run, can do nothing beyond the basics.
     pub async fn features(&self) -> RuntimeFeatures {
         self.all_features().await.runtime
     }
 
     /// Why [`Self::features`] has no user namespaces; empty where it has.
-    pub async fn no_user_namespaces(&self) -> &str {
-        &self.all_features().await.no_user_namespaces
+    pub async fn no_user_namespaces(&self) -> String {
+        self.all_features().await.no_user_namespaces
     }
 
-    async fn all_features(&self) -> &Features {
-        self.features.get_or_init(|| self.find_features()).await
-    }
-
-    async fn find_features(&self) -> Features {
+    async fn all_features(&self) -> Features {
         let without = |reason: String| Features {
             no_user_namespaces: reason,
             ..Features::default()
@@ -259,13 +312,37 @@ impl Handler {
         if self.kind == HandlerType::Vm {
             return without("its pods are virtual machines, whose root is not the node's anyway".to_owned());
         }
-        let binary = match &self.binary {
+        let binary = match self.find_program() {
             Ok(binary) => binary,
-            Err(problem) => return without(problem.clone()),
+            Err(problem) => return without(problem),
         };
+        let build = Build::of(&binary);
+        let mut known = self.features.lock().await;
+        if let Some((of, features)) = &*known
+            && Some(of) == build.as_ref()
+        {
+            return features.clone();
+        }
+        match (self.find_features(&binary).await, build) {
+            (Ok(features), Some(build)) => known.insert((build, features)).1.clone(),
+            (Ok(features), None) => features,
+            (Err(problem), _) => {
+                tracing::warn!(
+                    handler = self.name,
+                    problem,
+                    "the runtime's features are not known yet"
+                );
+                without(problem)
+            }
+        }
+    }
+
+    /// # Errors
+    /// What kept the runtime or the shim from answering, where that may pass.
+    async fn find_features(&self, binary: &Path) -> Result<Features, String> {
         let mut runtime = match ask(binary, &["features".as_ref()]).await {
             Ok(json) => RuntimeFeatures::from_features_json(&json).unwrap_or_default(),
-            Err(problem) => {
+            Err(Unanswered::No(problem)) => {
                 tracing::debug!(
                     handler = self.name,
                     problem,
@@ -273,6 +350,7 @@ impl Handler {
                 );
                 RuntimeFeatures::default()
             }
+            Err(Unanswered::NotNow(problem)) => return Err(problem),
         };
         let mut no_user_namespaces = String::new();
         if !runtime.user_namespaces {
@@ -280,21 +358,25 @@ impl Handler {
                 "{} does not say that it has id-mapped mounts (runc has them from 1.2 on)",
                 binary.display()
             );
-        } else if let Err(problem) = self.id_mapped_layers().await {
+        } else if let Err(unanswered) = self.id_mapped_layers().await {
+            let problem = match unanswered {
+                Unanswered::No(problem) => problem,
+                Unanswered::NotNow(problem) => return Err(problem),
+            };
             tracing::info!(handler = self.name, problem, "no user namespaces");
             runtime.user_namespaces = false;
             no_user_namespaces = format!("the images' layers cannot be id-mapped: {problem}");
         }
-        Features {
+        Ok(Features {
             runtime,
             no_user_namespaces,
-        }
+        })
     }
 
     /// Whether the kernel takes id-mapped layers where ours are. A process of one thread has to try it.
-    async fn id_mapped_layers(&self) -> Result<(), String> {
-        let shim = self.shim.as_ref().map_err(Clone::clone)?;
-        ask(shim, &["idmap-probe".as_ref(), self.snapshots.as_os_str()])
+    async fn id_mapped_layers(&self) -> Result<(), Unanswered> {
+        let shim = self.find_shim().map_err(Unanswered::NotNow)?;
+        ask(&shim, &["idmap-probe".as_ref(), self.snapshots.as_os_str()])
             .await
             .map(drop)
     }
@@ -322,7 +404,7 @@ fn find_program(program: &Path) -> Result<PathBuf, String> {
 }
 
 /// Runs a short command and gives its standard output.
-async fn ask(program: &Path, args: &[&OsStr]) -> Result<Vec<u8>, String> {
+async fn ask(program: &Path, args: &[&OsStr]) -> Result<Vec<u8>, Unanswered> {
     let run = Command::new(program)
         .args(args)
         .stdin(Stdio::null())
@@ -332,17 +414,21 @@ async fn ask(program: &Path, args: &[&OsStr]) -> Result<Vec<u8>, String> {
     let what = format!("{} {}", program.display(), words.join(" "));
     let output = tokio::time::timeout(ASK_LIMIT, run)
         .await
-        .map_err(|_| format!("{what} did not answer within {} s", ASK_LIMIT.as_secs()))?
-        .map_err(|e| format!("{what}: {e}"))?;
+        .map_err(|_| Unanswered::NotNow(format!("{what} did not answer within {} s", ASK_LIMIT.as_secs())))?
+        .map_err(|e| Unanswered::NotNow(format!("{what}: {e}")))?;
     if output.status.success() {
-        Ok(output.stdout)
-    } else {
-        Err(format!(
-            "{what} ended with {}: {}",
-            output.status,
-            String::from_utf8_lossy(&output.stderr).trim()
-        ))
+        return Ok(output.stdout);
     }
+    let text = format!(
+        "{what} ended with {}: {}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    // What a signal ended (out of memory, an operator) did not answer.
+    Err(match output.status.code() {
+        Some(_) => Unanswered::No(text),
+        None => Unanswered::NotNow(text),
+    })
 }
 
 /// Writes a file so that no reader sees a part of it.
@@ -385,5 +471,78 @@ mod tests {
             error.to_string().contains("handler x") && error.to_string().contains("/nowhere/x"),
             "{error}"
         );
+    }
+
+    fn script(path: &Path, text: &str) {
+        use std::os::unix::fs::PermissionsExt as _;
+        // Renamed into place: a file that is open for writing cannot be run.
+        let new = path.with_extension("new");
+        std::fs::write(&new, format!("#!/bin/sh\n{text}\n")).unwrap();
+        std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o755)).unwrap();
+        std::fs::rename(&new, path).unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_comes_later_is_seen_and_only_real_answers_are_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let (state, shim, runtime) = (
+            dir.path().join("s"),
+            dir.path().join("shim"),
+            dir.path().join("rt"),
+        );
+        std::fs::create_dir(&state).unwrap();
+        let text = format!(
+            "handlers: {{runv: {{shim: {0}}}, x: {{binary: {1}, shim: {0}}}}}",
+            shim.display(),
+            runtime.display()
+        );
+        let config: Config = serde_yaml::from_str(&text).unwrap();
+        let handlers = Handlers::new(&config, &Dirs::new(dir.path(), &state));
+        let x = handlers.resolve("x").unwrap();
+        assert!(x.shim().is_err() && x.program().is_err());
+        assert!(!handlers.verdict().await.usable && !x.features().await.recursive_read_only_mounts);
+        // Ended by a signal: that is no answer.
+        script(&shim, "kill -KILL $$");
+        script(&runtime, "kill -KILL $$");
+        assert!(!handlers.verdict().await.usable && !x.features().await.recursive_read_only_mounts);
+        script(&shim, r#"echo '{"usable": true, "reason": "ran"}'"#);
+        script(&runtime, r#"echo '{"mountOptions": ["rro"]}'"#);
+        assert!(handlers.verdict().await.usable && x.features().await.recursive_read_only_mounts);
+        assert!(x.shim().is_ok() && x.program().is_ok());
+        std::fs::remove_file(&shim).unwrap();
+        assert!(handlers.verdict().await.usable);
+        // Another build may have lost what the first had.
+        script(&runtime, "exit 1");
+        assert!(!x.features().await.recursive_read_only_mounts);
+        assert!(x.no_user_namespaces().await.contains("id-mapped mounts"));
+    }
+
+    #[tokio::test]
+    async fn a_verdict_is_kept_for_the_next_process() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = format!(
+            "handlers: {{runv: {{shim: {}}}}}",
+            dir.path().join("none").display()
+        );
+        let config: Config = serde_yaml::from_str(&text).unwrap();
+        let dirs = Dirs::new(dir.path(), dir.path());
+        let verdict = |text: &'static str, age: u64| {
+            std::fs::write(dirs.acceleration(), text).unwrap();
+            let file = std::fs::File::options()
+                .write(true)
+                .open(dirs.acceleration())
+                .unwrap();
+            file.set_modified(SystemTime::now() - Duration::from_secs(age))
+                .unwrap();
+            let handlers = Handlers::new(&config, &dirs);
+            async move { handlers.verdict().await.reason }
+        };
+        assert_eq!(
+            verdict(r#"{"usable": true, "reason": "ran"}"#, 86_400).await,
+            "ran"
+        );
+        assert_eq!(verdict(r#"{"usable": false, "reason": "slow"}"#, 5).await, "slow");
+        let again = verdict(r#"{"usable": false, "reason": "slow"}"#, 86_400).await;
+        assert!(again.contains("does not exist"), "{again}");
     }
 }

@@ -41,7 +41,7 @@ pub(crate) async fn vm_spec(
     });
     let (cpus, memory_mib) = size(handler, config, host_cpus())?;
     Ok(RuntimeSpec::Vm(VmSpec {
-        vmm: handler.program()?.to_owned(),
+        vmm: handler.program()?,
         virtiofsd: virtiofsd(handler)?,
         kernel,
         initramfs,
