@@ -30,6 +30,12 @@ pub struct Config {
     /// Mounts the cgroup hierarchies with `favordynmods` at start: a container starts 5 to 20 ms sooner, each
     /// fork and exit on the host costs a little more, until the next reboot.
     pub favordynmods: bool,
+    /// Processes without privileges may bind ports below 1024 in pods with a network namespace of their own
+    /// (`net.ipv4.ip_unprivileged_port_start=0`), where the pod sets no other.
+    pub enable_unprivileged_ports: bool,
+    /// Processes without privileges may send ICMP echo requests in such pods (`net.ipv4.ping_group_range`), not in
+    /// those with a user namespace.
+    pub enable_unprivileged_icmp: bool,
     /// Where the shims are; by default beside this executable, then `/usr/lib/catamaran`, then `PATH`.
     pub shim_dir: Option<PathBuf>,
     /// Runtime handlers by name, as RuntimeClass objects name them. `runc` and `runv` exist without being
@@ -222,6 +228,8 @@ impl Default for Config {
             cgroup_parent: "/catamaran".to_owned(),
             cgroup_driver: CgroupDriver::Cgroupfs,
             favordynmods: false,
+            enable_unprivileged_ports: true,
+            enable_unprivileged_icmp: true,
             shim_dir: None,
             handlers: BTreeMap::new(),
             network: NetworkSection::default(),
@@ -515,87 +523,4 @@ impl HandlerConfig {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parse(text: &str) -> Result<Config, String> {
-        let config = Config::parse(text, Path::new("test.yaml")).map_err(|e| {
-            let source = std::error::Error::source(&e)
-                .map(ToString::to_string)
-                .unwrap_or_default();
-            format!("{e}: {source}")
-        })?;
-        config.verify().map_err(|e| e.to_string())?;
-        Ok(config)
-    }
-
-    #[test]
-    fn every_key_is_optional() {
-        assert_eq!(parse("").unwrap(), Config::default());
-        assert_eq!(parse("# only a comment\n").unwrap(), Config::default());
-        assert_eq!(
-            parse("network:\n  default_bridge: x0\n")
-                .unwrap()
-                .network
-                .plugin_timeout_seconds,
-            60
-        );
-    }
-
-    #[test]
-    fn the_defaults_survive_a_round_trip() {
-        let text = serde_yaml::to_string(&Config::default()).unwrap();
-        assert_eq!(parse(&text).unwrap(), Config::default());
-    }
-
-    #[test]
-    fn an_unknown_key_is_refused_with_line_and_column() {
-        let error = parse("root: /a\nnetwork:\n  bridge: x\n").unwrap_err();
-        assert!(
-            error.contains("bridge") && error.contains("line 3 column 3"),
-            "{error}"
-        );
-        let error = parse("handlers:\n  runsc:\n    binary: /usr/bin/runsc\n    arg: []\n").unwrap_err();
-        assert!(
-            error.contains("arg") && error.contains("line 4 column 5"),
-            "{error}"
-        );
-    }
-
-    #[test]
-    fn handlers_are_merged_over_the_built_in_ones() {
-        let config = parse("handlers:\n  runsc:\n    args: [--platform=ptrace]\n").unwrap();
-        let all = config.all_handlers();
-        assert_eq!(all.keys().collect::<Vec<_>>(), ["runc", "runsc", "runv"]);
-        assert_eq!(all["runv"].kind("runv"), HandlerType::Vm);
-        assert_eq!(all["runsc"].kind("runsc"), HandlerType::Oci);
-    }
-
-    #[test]
-    fn values_that_cannot_be_meant_are_refused_by_key() {
-        for (text, key) in [
-            ("root: relative\n", "root"),
-            ("state: /".to_owned().as_str(), ""),
-            ("cgroup_parent: a/b\n", "cgroup_parent"),
-            ("cgroup_parent: /a/../b\n", "cgroup_parent"),
-            ("handlers: {runv: {binary: /x}}\n", "handlers.runv.binary"),
-            ("handlers: {runc: {cpus: 2}}\n", "handlers.runc.cpus"),
-            ("handlers: {Bad_Name: {}}\n", "handlers.Bad_Name"),
-            ("handlers: {runv: {cpus: 0}}\n", "handlers.runv.cpus"),
-            (
-                "network: {plugin_timeout_seconds: 0}\n",
-                "network.plugin_timeout_seconds",
-            ),
-        ] {
-            match (key, parse(text)) {
-                ("", result) => assert!(result.is_ok(), "{text}: {result:?}"),
-                (key, result) => {
-                    let error = result.unwrap_err();
-                    assert!(error.contains(&format!("key {key}:")), "{text}: {error}");
-                }
-            }
-        }
-        let long = format!("state: /{}\n", "x".repeat(80));
-        assert!(parse(&long).unwrap_err().contains("key state:"));
-    }
-}
+mod tests;
