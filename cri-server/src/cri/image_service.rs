@@ -60,6 +60,26 @@ fn reference(spec: Option<api::ImageSpec>) -> Result<String, Error> {
     }
 }
 
+/// Whether credentials with this CRI `server_address` are for the registry that an image comes from. Without an
+/// address they are; with another's they must not reach it, and the pull goes on without them, as with containerd.
+fn is_for(server_address: &str, reference: &str) -> bool {
+    const HUB: &str = "docker.io";
+    // A registry has a dot or a port in its name, or is the local host; all else is a repository of Docker Hub.
+    let registry = match reference.split_once('/') {
+        Some((host, _)) if host.contains(['.', ':']) || host == "localhost" => host,
+        _ => HUB,
+    };
+    let server = server_address
+        .split_once("://")
+        .map_or(server_address, |(_, rest)| rest);
+    let server = server.split('/').next().unwrap_or_default();
+    let known = |name: &str| match name.to_ascii_lowercase().as_str() {
+        "index.docker.io" | "registry-1.docker.io" => HUB.to_owned(),
+        other => other.to_owned(),
+    };
+    server_address.is_empty() || known(server) == known(registry)
+}
+
 fn filesystem(usage: FsUsage) -> api::FilesystemUsage {
     api::FilesystemUsage {
         timestamp: usage.timestamp_ns,
@@ -126,7 +146,15 @@ impl ImageService for Images {
     async fn pull_image(&self, request: Request<api::PullImageRequest>) -> Reply<api::PullImageResponse> {
         let request = request.into_inner();
         let reference = reference(request.image)?;
-        let given = request.auth.unwrap_or_default();
+        let mut given = request.auth.unwrap_or_default();
+        if !is_for(&given.server_address, &reference) {
+            tracing::debug!(
+                image = reference,
+                server = given.server_address,
+                "credentials of another registry are not used"
+            );
+            given = api::AuthConfig::default();
+        }
         let auth = Auth::from_cri(
             &given.username,
             &given.password,
@@ -180,5 +208,34 @@ impl ImageService for Images {
             image_filesystems: vec![filesystem(images)],
             container_filesystems: vec![filesystem(containers)],
         }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn credentials_are_for_the_registry_that_they_name() {
+        for (server, reference) in [
+            ("", "r.example/a"),
+            ("r.example", "r.example/a:1"),
+            ("https://R.example/v2/", "r.example/a@sha256:0"),
+            ("http://localhost:5000", "localhost:5000/a"),
+            ("https://index.docker.io/v1/", "busybox"),
+            ("docker.io", "library/busybox:1"),
+            ("registry-1.docker.io", "docker.io/library/busybox"),
+        ] {
+            assert!(is_for(server, reference), "{server} {reference}");
+        }
+        for (server, reference) in [
+            ("r.example", "busybox"),
+            ("r.example", "other.example/r.example/a"),
+            ("r.example", "r.example:5000/a"),
+            ("https://docker.io", "r.example/a"),
+            ("https://", "r.example/a"),
+        ] {
+            assert!(!is_for(server, reference), "{server} {reference}");
+        }
     }
 }

@@ -66,6 +66,26 @@ fn named<'a>(id: &'a str, field: &str) -> Result<&'a str, Error> {
     }
 }
 
+/// CreateContainer repeats the pod's configuration; the pod is what RunPodSandbox made of it, so one of another pod
+/// is a mistake. The rest of it is not looked at: crictl gives a pod without a uid another one in each request.
+fn of_pod(pod: &api::PodSandboxConfig, given: &api::PodSandboxConfig) -> Result<(), Error> {
+    let (Some(pod), Some(given)) = (&pod.metadata, &given.metadata) else {
+        return Ok(());
+    };
+    for (field, is, given) in [
+        ("name", &pod.name, &given.name),
+        ("namespace", &pod.namespace, &given.namespace),
+    ] {
+        if !given.is_empty() && given != is {
+            return Err(Error::invalid(
+                format!("sandbox_config.metadata.{field}"),
+                format!("is {given:?}, and that of the pod sandbox is {is:?}"),
+            ));
+        }
+    }
+    Ok(())
+}
+
 /// CRI timeouts are seconds; negative ones are mistakes.
 fn seconds(value: i64, field: &str) -> Result<Duration, Error> {
     let seconds = u64::try_from(value).map_err(|_| Error::invalid(field, format!("{value} is negative")))?;
@@ -185,6 +205,9 @@ impl RuntimeService for Runtime {
         let request = request.into_inner();
         let config = required(request.config, "config")?;
         let pod = named(&request.pod_sandbox_id, "pod_sandbox_id")?;
+        if let Some(given) = &request.sandbox_config {
+            of_pod(&self.pods.pod(pod)?.pod.config, given)?;
+        }
         let id = self.pods.create_container(pod, config).await?;
         ok(api::CreateContainerResponse {
             container_id: id.to_string(),
@@ -269,6 +292,14 @@ impl RuntimeService for Runtime {
         let request = request.into_inner();
         if request.windows.is_some() {
             return Err(Error::invalid("windows", "this is a Linux node").into());
+        }
+        // "Experimental resources or other options" by the CRI: there are none here that could be meant.
+        if let Some(key) = request.annotations.keys().min() {
+            return Err(Error::invalid(
+                format!("annotations[{key}]"),
+                "no option of an update is known by that name",
+            )
+            .into());
         }
         let wanted = required(request.linux, "linux")?;
         self.pods
@@ -546,5 +577,30 @@ impl RuntimeService for Runtime {
             .update_sandbox(id, request.overhead, request.resources)
             .await?;
         ok(api::UpdatePodSandboxResourcesResponse {})
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_configuration_of_another_pod_is_refused() {
+        let pod = |name: &str, uid: &str| api::PodSandboxConfig {
+            metadata: Some(api::PodSandboxMetadata {
+                name: name.into(),
+                uid: uid.into(),
+                namespace: "default".into(),
+                attempt: 0,
+            }),
+            ..Default::default()
+        };
+        of_pod(&pod("a", "1"), &pod("a", "2")).unwrap();
+        of_pod(&pod("a", "1"), &api::PodSandboxConfig::default()).unwrap();
+        let error = of_pod(&pod("a", "1"), &pod("b", "1")).unwrap_err().to_string();
+        assert!(
+            error.starts_with("sandbox_config.metadata.name: is \"b\""),
+            "{error}"
+        );
     }
 }
