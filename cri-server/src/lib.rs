@@ -8,6 +8,7 @@
 //! Architecture invariant: only a pod's owner task changes its states; readers take snapshots.
 //! Architecture invariant: a side effect begins after the record of its intent is durable.
 
+mod apparmor;
 pub mod cli;
 pub mod config;
 pub mod cpu_rates;

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use catamaran_network::{Network, NetworkConfig};
 
 use super::{Outcome, block_on};
+use crate::apparmor::{self, Profile};
 use crate::config::{Config, DEFAULT_HANDLER, HandlerType};
 use crate::handlers::Handlers;
 use crate::node::Dirs;
@@ -118,17 +119,13 @@ fn privileges() -> Line {
 }
 
 fn cgroups() -> Line {
+    use catamaran_cgroups::CgroupVersion;
     match catamaran_cgroups::detect() {
-        Ok(version) => line(
-            Level::Ok,
+        Ok(CgroupVersion::V2) => line(Level::Ok, "cgroups", "version 2"),
+        Ok(CgroupVersion::V1) => line(
+            Level::Warn,
             "cgroups",
-            format!(
-                "version {}",
-                match version {
-                    catamaran_cgroups::CgroupVersion::V1 => "1",
-                    catamaran_cgroups::CgroupVersion::V2 => "2",
-                }
-            ),
+            "version 1: a kubelet from 1.35 on starts only with `failCgroupV1: false` in its configuration",
         ),
         Err(error) => line(Level::Fail, "cgroups", crate::error::chain(&error)),
     }
@@ -152,23 +149,83 @@ fn favordynmods(config: &Config) -> Line {
     }
 }
 
-fn kernel() -> Vec<Line> {
+/// Whether the kernel has overlayfs, or will load it for the first mount.
+fn overlay() -> Line {
     let filesystems = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
-    let has = |name: &str| {
-        filesystems
-            .lines()
-            .any(|line| line.split('\t').nth(1) == Some(name))
+    // Nothing is loaded here: the kernel itself asks modprobe when an unknown file system is mounted.
+    let module = || {
+        let modprobe = std::process::Command::new("modprobe")
+            .args(["--dry-run", "--quiet", "overlay"])
+            .output();
+        modprobe.is_ok_and(|output| output.status.success())
     };
-    let mut lines = Vec::new();
-    lines.push(if has("overlay") {
+    overlay_line(&filesystems, module)
+}
+
+fn overlay_line(filesystems: &str, module: impl FnOnce() -> bool) -> Line {
+    let built_in = filesystems
+        .lines()
+        .any(|line| line.split('\t').nth(1) == Some("overlay"));
+    if built_in {
         line(Level::Ok, "kernel", "overlay file system")
+    } else if module() {
+        line(
+            Level::Ok,
+            "kernel",
+            "overlay file system (a module, loaded by the first container)",
+        )
     } else {
         line(
             Level::Fail,
             "kernel",
-            "no overlay file system: `modprobe overlay`",
+            "no overlay file system: neither in this kernel nor a module of it; another kernel, or its modules' \
+             package, is needed",
         )
-    });
+    }
+}
+
+fn apparmor() -> Line {
+    let name = catamaran_spec::APPARMOR_DEFAULT_PROFILE;
+    match apparmor::look() {
+        Profile::NotNeeded => line(
+            Level::Ok,
+            "apparmor",
+            "not enabled in the kernel: RuntimeDefault confines nothing here",
+        ),
+        Profile::Loaded => line(Level::Ok, "apparmor", format!("profile {name} is loaded")),
+        Profile::Loadable(parser) => line(
+            Level::Ok,
+            "apparmor",
+            format!(
+                "profile {name} is loaded when the server starts, by {}",
+                parser.display()
+            ),
+        ),
+        Profile::Missing(problem) => line(
+            Level::Warn,
+            "apparmor",
+            format!(
+                "profile {name} is not loaded, and containers that ask for RuntimeDefault are refused: {problem}"
+            ),
+        ),
+    }
+}
+
+fn selinux() -> Line {
+    if Path::new("/sys/fs/selinux/enforce").exists() {
+        line(
+            Level::Warn,
+            "selinux",
+            "enabled: containers get the labels that their pods ask for and none otherwise, are not kept apart by \
+             categories, and volumes are not relabelled",
+        )
+    } else {
+        line(Level::Ok, "selinux", "not enabled in the kernel")
+    }
+}
+
+fn kernel() -> Vec<Line> {
+    let mut lines = vec![overlay(), apparmor(), selinux()];
     let missing: Vec<&str> = ["mnt", "net", "ipc", "uts", "pid", "cgroup", "user"]
         .into_iter()
         .filter(|name| !Path::new("/proc/self/ns").join(name).exists())
@@ -238,7 +295,11 @@ fn network(config: &Config, dirs: &Dirs) -> Vec<Line> {
         cache_dir: dirs.cni(),
         default_bridge: config.network.default_bridge.clone(),
         default_subnet: config.network.default_subnet.clone(),
-        default_ipam_dir: config.state.join("ipam"),
+        default_ipam_dir: config
+            .network
+            .default_ipam_dir
+            .clone()
+            .unwrap_or_else(|| config.state.join("ipam")),
         plugin_timeout: config.plugin_timeout(),
     });
     match network.status() {
@@ -262,5 +323,20 @@ fn network(config: &Config, dirs: &Dirs) -> Vec<Line> {
             lines
         }
         Err(problem) => vec![line(Level::Fail, "network", problem)],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn overlay_may_be_a_module_that_is_not_loaded_yet() {
+        let (has, has_not) = ("nodev\tproc\nnodev\toverlay\n", "nodev\tproc\n\text4\n");
+        assert_eq!(overlay_line(has, || false).level, Level::Ok);
+        let module = overlay_line(has_not, || true);
+        assert_eq!(module.level, Level::Ok);
+        assert!(module.text.contains("a module"), "{}", module.text);
+        assert_eq!(overlay_line(has_not, || false).level, Level::Fail);
     }
 }

@@ -95,6 +95,7 @@ pub async fn serve(
     }
     let (store, pods, containers) = Store::open(&dirs.store())?;
     let images = ImageStore::open(images_config(&config, &dirs)).await?;
+    crate::apparmor::load(&config.state).await;
     let node = Arc::new(Node {
         network: Network::new(network_config(&config, &dirs)),
         handlers: Handlers::new(&config, &dirs),
