@@ -2,10 +2,16 @@
 //!
 //! Records are JSON with a version. Writes are queued in the order of the calls and committed by one thread,
 //! many at once when they come together, each commit synced; a caller awaits [`Written`] before the side
-//! effect that the record announces. A store that was written by a newer, incompatible daemon is refused.
+//! effect that the record announces. A write that fails (a full or failing disk) is told to who waits for it, and
+//! is kept: the store is opened anew and writes the latest value of each record as soon as it can, before or with
+//! what comes later, so that what was only queued is not lost. A store that was written by a newer, incompatible
+//! daemon is refused.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::de::DeserializeOwned;
@@ -18,6 +24,8 @@ const VERSION: u32 = 1;
 const FLOOR: u32 = 1;
 /// redb would take up to 1 GiB; the records of a full node are a few MiB.
 const CACHE_BYTES: usize = 1 << 20;
+/// Pause before what could not be written is tried again where nothing new comes.
+const RETRY: Duration = Duration::from_secs(1);
 
 const META: TableDefinition<'_, &str, u32> = TableDefinition::new("meta");
 const PODS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("pods");
@@ -63,7 +71,7 @@ pub enum StoreError {
 }
 
 /// The two kinds of records.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Table {
     /// Pod sandboxes, by id.
     Pods,
@@ -100,6 +108,9 @@ struct OpenedEnvelope<T> {
     record: T,
 }
 
+/// Records to be written by table and key, the latest value of each; `None` removes.
+type Unwritten = BTreeMap<(Table, String), Option<Vec<u8>>>;
+
 struct Write {
     table: Table,
     key: String,
@@ -112,6 +123,7 @@ struct Write {
 #[derive(Debug, Clone)]
 pub struct Store {
     queue: mpsc::Sender<Write>,
+    problem: Arc<Mutex<Option<String>>>,
 }
 
 /// A queued write: await it before what depends on it.
@@ -130,10 +142,18 @@ impl Written {
     /// The order of the queue is enough for the caller.
     pub(crate) fn queued(self) {}
 
+    /// Waits until the record is durable or could not be made so. For teardown, which goes on without its
+    /// intent: the next start finds what is half gone by itself, and the store goes on trying.
+    pub(crate) async fn attempted(self) {
+        if let Err(error) = self.durable().await {
+            tracing::warn!(%error, "going on without a durable record");
+        }
+    }
+
     /// Waits until the record is durable.
     ///
     /// # Errors
-    /// [`StoreError::Write`] when it did not become so.
+    /// [`StoreError::Write`] when it did not become so; then it is written later, unless another value comes.
     pub async fn durable(self) -> Result<(), StoreError> {
         match self.0?.await {
             Ok(result) => result.map_err(StoreError::Write),
@@ -158,10 +178,7 @@ impl Store {
             path: path.to_owned(),
             source: Box::new(source),
         };
-        let database = Database::builder()
-            .set_cache_size(CACHE_BYTES)
-            .create(path)
-            .map_err(|e| opened(e.into()))?;
+        let database = open_database(path).map_err(opened)?;
         let transaction = database.begin_write().map_err(|e| opened(e.into()))?;
         {
             let mut meta = transaction.open_table(META).map_err(|e| opened(e.into()))?;
@@ -183,11 +200,27 @@ impl Store {
         let pods = read_all(&database, Table::Pods, &opened)?;
         let containers = read_all(&database, Table::Containers, &opened)?;
         let (queue, writes) = mpsc::channel();
+        let problem = Arc::default();
+        let writer = Writer {
+            path: path.to_owned(),
+            database: Some(database),
+            unwritten: Unwritten::new(),
+            problem: Arc::clone(&problem),
+        };
         std::thread::Builder::new()
             .name("store".into())
-            .spawn(move || write_all(&database, &writes))
+            .spawn(move || writer.run(&writes))
             .map_err(|e| opened(redb::Error::Io(e)))?;
-        Ok((Self { queue }, pods, containers))
+        Ok((Self { queue, problem }, pods, containers))
+    }
+
+    /// Why records cannot be written at present; `None` where they can.
+    #[must_use]
+    pub fn problem(&self) -> Option<String> {
+        self.problem
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// Queues a record.
@@ -243,37 +276,102 @@ fn read_all<T: DeserializeOwned>(
     Ok(records)
 }
 
-/// The writing thread: takes what has come in, commits it together, answers each.
-fn write_all(database: &Database, writes: &mpsc::Receiver<Write>) {
-    while let Ok(first) = writes.recv() {
-        let batch: Vec<Write> = std::iter::once(first).chain(writes.try_iter()).collect();
-        let result = commit(database, &batch).map_err(|error| error.to_string());
-        if let Err(error) = &result {
-            tracing::error!(%error, records = batch.len(), "records were not written");
+/// The writing thread: takes what has come in, commits it together with what is left from before, answers each.
+struct Writer {
+    path: PathBuf,
+    /// `None` after a failed write: redb refuses everything after an I/O error, so the file is opened anew.
+    database: Option<Database>,
+    unwritten: Unwritten,
+    problem: Arc<Mutex<Option<String>>>,
+}
+
+impl Writer {
+    fn run(mut self, writes: &mpsc::Receiver<Write>) {
+        loop {
+            let first = if self.unwritten.is_empty() {
+                writes.recv().map_err(|_| RecvTimeoutError::Disconnected)
+            } else {
+                writes.recv_timeout(RETRY)
+            };
+            let batch: Vec<Write> = match first {
+                Ok(first) => std::iter::once(first).chain(writes.try_iter()).collect(),
+                Err(RecvTimeoutError::Timeout) => Vec::new(),
+                Err(RecvTimeoutError::Disconnected) => break,
+            };
+            let mut waiting = Vec::with_capacity(batch.len());
+            for write in batch {
+                self.unwritten.insert((write.table, write.key), write.value);
+                waiting.push(write.done);
+            }
+            let result = self.write();
+            for done in waiting {
+                // A caller that has gone needs no answer.
+                let _ = done.send(result.clone());
+            }
         }
-        for write in batch {
-            // A caller that has gone needs no answer.
-            let _ = write.done.send(result.clone());
+        if !self.unwritten.is_empty() {
+            // Said in the log; the next start takes what is recorded for what is.
+            let _ = self.write();
         }
+    }
+
+    fn write(&mut self) -> Result<(), String> {
+        let result = self.commit();
+        let mut problem = self.problem.lock().unwrap_or_else(PoisonError::into_inner);
+        match result {
+            Ok(()) => {
+                self.unwritten.clear();
+                if problem.take().is_some() {
+                    tracing::info!(path = %self.path.display(), "records can be written again");
+                }
+                Ok(())
+            }
+            Err(error) => {
+                let error = error.to_string();
+                if problem.is_none() {
+                    let (path, records) = (self.path.display(), self.unwritten.len());
+                    tracing::error!(%path, %error, records, "records cannot be written; trying on");
+                }
+                *problem = Some(format!(
+                    "the store {} cannot be written: {error}; free space on its file system, or replace the disk",
+                    self.path.display()
+                ));
+                Err(error)
+            }
+        }
+    }
+
+    fn commit(&mut self) -> Result<(), redb::Error> {
+        let database = match self.database.take() {
+            Some(database) => database,
+            None => open_database(&self.path)?,
+        };
+        commit(&database, &self.unwritten)?;
+        self.database = Some(database);
+        Ok(())
     }
 }
 
-fn commit(database: &Database, batch: &[Write]) -> Result<(), redb::Error> {
+fn open_database(path: &Path) -> Result<Database, redb::Error> {
+    Ok(Database::builder().set_cache_size(CACHE_BYTES).create(path)?)
+}
+
+fn commit(database: &Database, records: &Unwritten) -> Result<(), redb::Error> {
     let transaction = database.begin_write()?;
     {
         let mut pods = transaction.open_table(PODS)?;
         let mut containers = transaction.open_table(CONTAINERS)?;
-        for write in batch {
-            let table = match write.table {
+        for ((table, key), value) in records {
+            let table = match table {
                 Table::Pods => &mut pods,
                 Table::Containers => &mut containers,
             };
-            match &write.value {
+            match value {
                 Some(value) => {
-                    table.insert(write.key.as_str(), value.as_slice())?;
+                    table.insert(key.as_str(), value.as_slice())?;
                 }
                 None => {
-                    table.remove(write.key.as_str())?;
+                    table.remove(key.as_str())?;
                 }
             }
         }
@@ -355,5 +453,88 @@ mod tests {
             error.to_string().contains("record broken in table pods"),
             "{error}"
         );
+    }
+
+    /// A file system of 4 MiB at a directory, until dropped.
+    struct SmallDisk(tempfile::TempDir);
+
+    impl SmallDisk {
+        fn mount() -> Self {
+            use rustix::mount::{MountFlags, mount};
+            let dir = tempfile::tempdir().unwrap();
+            mount(
+                "tmpfs",
+                dir.path(),
+                "tmpfs",
+                MountFlags::empty(),
+                Some(c"size=4m"),
+            )
+            .unwrap();
+            Self(dir)
+        }
+
+        fn filler(&self) -> PathBuf {
+            self.0.path().join("filler")
+        }
+
+        fn fill(&self) {
+            use std::io::Write as _;
+            let mut file = std::fs::File::create(self.filler()).unwrap();
+            for chunk in [vec![0u8; 1 << 16], vec![0u8; 1]] {
+                while file.write_all(&chunk).is_ok() {}
+            }
+        }
+    }
+
+    impl Drop for SmallDisk {
+        fn drop(&mut self) {
+            let _ = rustix::mount::unmount(self.0.path(), rustix::mount::UnmountFlags::DETACH);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_a_full_disk_refuses_is_told_and_written_when_there_is_room() {
+        let disk = SmallDisk::mount();
+        let path = disk.0.path().join("state.redb");
+        let (store, ..) = Store::open::<String, String>(&path).unwrap();
+        store.put(Table::Pods, "before", &"x").durable().await.unwrap();
+        disk.fill();
+        // Larger than what the file has left of its own.
+        let large = "y".repeat(3 << 19);
+        let refused = store.put(Table::Pods, "pod", &large).durable().await;
+        assert!(matches!(refused, Err(StoreError::Write(_))), "{refused:?}");
+        assert!(store.problem().unwrap().contains("state.redb"));
+        // Nobody waits for these; the last value of a record is the one that counts.
+        store.put(Table::Containers, "queued", &"first").queued();
+        store.put(Table::Containers, "queued", &"last").queued();
+        store.put(Table::Pods, "pod", &"small").queued();
+        store.remove(Table::Pods, "before").queued();
+        std::fs::remove_file(disk.filler()).unwrap();
+        for _ in 0..100 {
+            if store.problem().is_none() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        assert_eq!(store.problem(), None);
+        store
+            .put(Table::Containers, "after", &"z")
+            .durable()
+            .await
+            .unwrap();
+        drop(store);
+        for _ in 0..200 {
+            match Store::open::<String, String>(&path) {
+                Err(StoreError::Open { .. }) => tokio::time::sleep(Duration::from_millis(10)).await,
+                opened => {
+                    let (_store, pods, mut containers) = opened.unwrap();
+                    containers.sort();
+                    assert_eq!(pods, ["small"]);
+                    assert_eq!(containers, ["last", "z"]);
+                    return;
+                }
+            }
+        }
+        panic!("the store stayed open");
     }
 }

@@ -10,12 +10,15 @@ use crate::config::{DEFAULT_HANDLER, HandlerType};
 use crate::node::Node;
 
 pub(super) async fn status(node: &Node, verbose: bool) -> api::StatusResponse {
-    let (runtime_ready, runtime_problem) = match node.handlers.resolve(DEFAULT_HANDLER) {
-        Ok(handler) => match handler.shim().and_then(|_| handler.program()) {
-            Ok(_) => (true, String::new()),
-            Err(error) => (false, error.to_string()),
-        },
-        Err(error) => (false, error.to_string()),
+    let installed = node
+        .handlers
+        .resolve(DEFAULT_HANDLER)
+        .and_then(|handler| handler.shim().and_then(|_| handler.program()));
+    let (runtime_reason, runtime_problem) = match (installed, node.store.problem()) {
+        (Err(error), _) => ("RuntimeNotInstalled", error.to_string()),
+        // Whatever is begun now would be forgotten by a daemon that is killed.
+        (Ok(_), Some(problem)) => ("StoreNotWritable", problem),
+        (Ok(_), None) => ("", String::new()),
     };
     let network = node.network.ready().await;
     let condition = |kind: &str, status: bool, reason: &str, message: String| api::RuntimeCondition {
@@ -51,8 +54,8 @@ pub(super) async fn status(node: &Node, verbose: bool) -> api::StatusResponse {
             conditions: vec![
                 condition(
                     "RuntimeReady",
-                    runtime_ready,
-                    "RuntimeNotInstalled",
+                    runtime_reason.is_empty(),
+                    runtime_reason,
                     runtime_problem,
                 ),
                 condition(
