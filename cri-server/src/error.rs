@@ -201,6 +201,7 @@ fn shim_code(error: &ShimError) -> Code {
         },
         ShimError::Start { .. } => Code::Internal,
         ShimError::Connect { .. } | ShimError::Gone { .. } => Code::Unavailable,
+        ShimError::Timeout { .. } => Code::DeadlineExceeded,
     }
 }
 

@@ -1,10 +1,13 @@
 //! Running a shim's executable: `start`, which forks the server and prints its address, and `delete`, which
 //! cleans up what a dead one left (containerd's shim v2 command line).
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use catamaran_sandbox::bootstrap::PID_FILE;
+use rustix::fs::{FlockOperation, flock};
 use serde::Deserialize;
 use tokio::io::AsyncReadExt;
 use tokio::process::Command;
@@ -118,6 +121,20 @@ impl Launch {
     }
 }
 
+/// Whether the shim of a sandbox bundle lives, however slow it is: it holds the lock on its pid file for its life.
+/// A shim that keeps no such file (a third party's) is not known to live.
+#[must_use]
+pub fn lives(bundle: &Path) -> bool {
+    let Ok(file) = File::open(bundle.join(PID_FILE)) else {
+        return false;
+    };
+    // Shared: two that look at once do not see each other. Released with the file.
+    matches!(
+        flock(&file, FlockOperation::NonBlockingLockShared),
+        Err(rustix::io::Errno::WOULDBLOCK)
+    )
+}
+
 async fn read_bounded<R: tokio::io::AsyncRead + Unpin>(from: Option<R>) -> Vec<u8> {
     let mut bytes = Vec::new();
     if let Some(from) = from
@@ -164,4 +181,21 @@ pub(crate) fn find_in_path(name: &str) -> Option<PathBuf> {
     std::env::split_paths(&path)
         .map(|dir| dir.join(name))
         .find(|path| path.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_on_the_pid_file_is_proof_of_life() {
+        let bundle = tempfile::tempdir().unwrap();
+        assert!(!lives(bundle.path()));
+        let file = File::create(bundle.path().join(PID_FILE)).unwrap();
+        assert!(!lives(bundle.path()));
+        flock(&file, FlockOperation::LockExclusive).unwrap();
+        assert!(lives(bundle.path()));
+        drop(file);
+        assert!(!lives(bundle.path()));
+    }
 }

@@ -1,6 +1,7 @@
 //! The daemon's side of the shim protocols: starting a shim ([`launch`]), and its Task, Sandbox and Stream
 //! services with a time limit on every call. Nothing here knows of CRI.
 
+mod cancel;
 mod launch;
 
 use std::collections::BTreeMap;
@@ -17,7 +18,7 @@ use protobuf::well_known_types::any::Any;
 use ttrpc::context::{self, Context};
 
 pub(crate) use launch::find_in_path;
-pub use launch::{Launch, find_shim};
+pub use launch::{Launch, find_shim, lives};
 
 /// Time limits of the verbs. A shim that needs longer is taken for hung; the caller undoes.
 mod limit {
@@ -30,6 +31,8 @@ mod limit {
     pub(super) const RUNTIME: Duration = Duration::from_secs(120);
     /// What StopSandbox takes beyond its own grace.
     pub(super) const STOP: Duration = Duration::from_secs(30);
+    /// How much later the shim gives a call's work up by itself.
+    pub(super) const LATER: Duration = Duration::from_secs(1);
 }
 
 /// What a call to a shim gives.
@@ -63,6 +66,14 @@ pub enum ShimError {
         code: ttrpc::Code,
         /// The shim's own words.
         message: String,
+    },
+    /// It did not answer in time. It may live and do what it was asked all the same.
+    #[error("the shim did not answer {verb} within {} s", .limit.as_secs())]
+    Timeout {
+        /// The protocol's verb.
+        verb: &'static str,
+        /// How long it had.
+        limit: Duration,
     },
     /// The connection broke: it died, or was killed.
     #[error("the shim went away during {verb}: {problem}")]
@@ -101,7 +112,8 @@ impl ShimError {
         )
     }
 
-    /// The connection is gone, rather than the request refused.
+    /// The connection is gone, rather than the request refused or not answered in time. The shim may live on: the
+    /// lock on its pid file tells ([`lives`]).
     #[must_use]
     pub fn is_gone(&self) -> bool {
         matches!(self, Self::Gone { .. } | Self::Connect { .. })
@@ -199,8 +211,17 @@ impl std::fmt::Debug for Shim {
     }
 }
 
-fn within(limit: Duration) -> Context {
-    context::with_duration(limit)
+/// Makes a call with a time limit of the daemon's own, so that a shim that is slow is told from one that is gone.
+/// The limit that the protocol carries ends the work in the shim; it is a little later, for this one to come first.
+async fn call<T, F>(verb: &'static str, limit: Duration, make: impl FnOnce(Context) -> F) -> Result<T>
+where
+    F: Future<Output = ttrpc::Result<T>>,
+{
+    let context = context::with_duration(limit + limit::LATER);
+    match tokio::time::timeout(limit, make(context)).await {
+        Ok(result) => result.map_err(|error| ShimError::from_call(verb, error)),
+        Err(_) => Err(ShimError::Timeout { verb, limit }),
+    }
 }
 
 impl Shim {
@@ -235,10 +256,11 @@ impl Shim {
             sandbox_id: self.id.clone(),
             ..Default::default()
         };
-        let answer = self.sandbox.ping_sandbox(within(limit::CONNECT), &request).await;
-        answer
-            .map(drop)
-            .map_err(|e| ShimError::from_call("PingSandbox", e))
+        let answer = call("PingSandbox", limit::CONNECT, |context| {
+            self.sandbox.ping_sandbox(context, &request)
+        })
+        .await;
+        answer.map(drop)
     }
 
     /// Sandbox.CreateSandbox: namespaces are pinned, or the VM's boot has begun.
@@ -259,13 +281,11 @@ impl Shim {
             options: Some(any(POD_SPEC_TYPE, value)).into(),
             ..Default::default()
         };
-        let answer = self
-            .sandbox
-            .create_sandbox(within(limit::RUNTIME), &request)
-            .await;
-        answer
-            .map(drop)
-            .map_err(|e| ShimError::from_call("CreateSandbox", e))
+        let answer = call("CreateSandbox", limit::RUNTIME, |context| {
+            self.sandbox.create_sandbox(context, &request)
+        })
+        .await;
+        answer.map(drop)
     }
 
     /// Sandbox.StartSandbox: waits until containers can be created. `boot` is the VM's own limit, zero for
@@ -278,13 +298,11 @@ impl Shim {
             sandbox_id: self.id.clone(),
             ..Default::default()
         };
-        let answer = self
-            .sandbox
-            .start_sandbox(within(boot + limit::RUNTIME), &request)
-            .await;
-        answer
-            .map(|a| a.pid)
-            .map_err(|e| ShimError::from_call("StartSandbox", e))
+        let answer = call("StartSandbox", boot + limit::RUNTIME, |context| {
+            self.sandbox.start_sandbox(context, &request)
+        })
+        .await;
+        answer.map(|a| a.pid)
     }
 
     /// Sandbox.SandboxStatus, verbose.
@@ -297,11 +315,10 @@ impl Shim {
             verbose: true,
             ..Default::default()
         };
-        let answer = self
-            .sandbox
-            .sandbox_status(within(limit::QUICK), &request)
-            .await
-            .map_err(|e| ShimError::from_call("SandboxStatus", e))?;
+        let answer = call("SandboxStatus", limit::QUICK, |context| {
+            self.sandbox.sandbox_status(context, &request)
+        })
+        .await?;
         Ok(SandboxState {
             ready: answer.state == "SANDBOX_READY",
             pid: answer.pid,
@@ -334,11 +351,11 @@ impl Shim {
             timeout_secs: u32::try_from(grace.as_secs()).unwrap_or(u32::MAX),
             ..Default::default()
         };
-        let answer = self
-            .sandbox
-            .stop_sandbox(within(grace + limit::STOP), &request)
-            .await;
-        absent_is_fine(answer.map_err(|e| ShimError::from_call("StopSandbox", e)))
+        let answer = call("StopSandbox", grace + limit::STOP, |context| {
+            self.sandbox.stop_sandbox(context, &request)
+        })
+        .await;
+        absent_is_fine(answer)
     }
 
     /// Sandbox.ShutdownSandbox: the shim's process ends. A shim that is gone before it answers has done so.
@@ -350,11 +367,11 @@ impl Shim {
             sandbox_id: self.id.clone(),
             ..Default::default()
         };
-        let answer = self
-            .sandbox
-            .shutdown_sandbox(within(limit::QUICK), &request)
-            .await;
-        match absent_is_fine(answer.map_err(|e| ShimError::from_call("ShutdownSandbox", e))) {
+        let answer = call("ShutdownSandbox", limit::QUICK, |context| {
+            self.sandbox.shutdown_sandbox(context, &request)
+        })
+        .await;
+        match absent_is_fine(answer) {
             Err(error) if error.is_gone() => Ok(()),
             other => other,
         }
@@ -380,10 +397,11 @@ impl Shim {
             stdout: create.stdout.clone(),
             ..Default::default()
         };
-        let answer = self.task.create(within(limit::RUNTIME), &request).await;
-        answer
-            .map(|a| a.pid)
-            .map_err(|e| ShimError::from_call("Create", e))
+        let answer = call("Create", limit::RUNTIME, |context| {
+            self.task.create(context, &request)
+        })
+        .await;
+        answer.map(|a| a.pid)
     }
 
     /// Task.Start; the process id.
@@ -395,10 +413,11 @@ impl Shim {
             id: id.to_owned(),
             ..Default::default()
         };
-        let answer = self.task.start(within(limit::RUNTIME), &request).await;
-        answer
-            .map(|a| a.pid)
-            .map_err(|e| ShimError::from_call("Start", e))
+        let answer = call("Start", limit::RUNTIME, |context| {
+            self.task.start(context, &request)
+        })
+        .await;
+        answer.map(|a| a.pid)
     }
 
     /// Task.Wait: returns the exit status when the container's first process has ended.
@@ -431,11 +450,10 @@ impl Shim {
             id: id.to_owned(),
             ..Default::default()
         };
-        let answer = self
-            .task
-            .state(within(limit::QUICK), &request)
-            .await
-            .map_err(|e| ShimError::from_call("State", e))?;
+        let answer = call("State", limit::QUICK, |context| {
+            self.task.state(context, &request)
+        })
+        .await?;
         let state = match answer.status.enum_value() {
             Ok(api::Status::CREATED) => TaskState::Created,
             Ok(api::Status::RUNNING | api::Status::PAUSED | api::Status::PAUSING) => TaskState::Running,
@@ -462,8 +480,8 @@ impl Shim {
             all,
             ..Default::default()
         };
-        let answer = self.task.kill(within(limit::QUICK), &request).await;
-        absent_is_fine(answer.map_err(|e| ShimError::from_call("Kill", e)))
+        let answer = call("Kill", limit::QUICK, |context| self.task.kill(context, &request)).await;
+        absent_is_fine(answer)
     }
 
     /// Task.Delete: its rootfs is unmounted and the runtime's state is gone.
@@ -475,8 +493,11 @@ impl Shim {
             id: id.to_owned(),
             ..Default::default()
         };
-        let answer = self.task.delete(within(limit::RUNTIME), &request).await;
-        absent_is_fine(answer.map_err(|e| ShimError::from_call("Delete", e)))
+        let answer = call("Delete", limit::RUNTIME, |context| {
+            self.task.delete(context, &request)
+        })
+        .await;
+        absent_is_fine(answer)
     }
 
     /// Task.Update with OCI LinuxResources.
@@ -489,8 +510,11 @@ impl Shim {
             resources: Some(any(OCI_RESOURCES_TYPE, resources)).into(),
             ..Default::default()
         };
-        let answer = self.task.update(within(limit::RUNTIME), &request).await;
-        answer.map(drop).map_err(|e| ShimError::from_call("Update", e))
+        let answer = call("Update", limit::RUNTIME, |context| {
+            self.task.update(context, &request)
+        })
+        .await;
+        answer.map(drop)
     }
 
     /// Task.Checkpoint: writes criu's images of a container, which goes on running, into a directory.
@@ -503,10 +527,11 @@ impl Shim {
             path: images.display().to_string(),
             ..Default::default()
         };
-        let answer = self.task.checkpoint(within(limit), &request).await;
-        answer
-            .map(drop)
-            .map_err(|e| ShimError::from_call("Checkpoint", e))
+        let answer = call("Checkpoint", limit, |context| {
+            self.task.checkpoint(context, &request)
+        })
+        .await;
+        answer.map(drop)
     }
 
     /// Task.Stats: containerd's cgroup metrics.
@@ -518,15 +543,14 @@ impl Shim {
             id: id.to_owned(),
             ..Default::default()
         };
-        let answer = self
-            .task
-            .stats(within(limit::QUICK), &request)
-            .await
-            .map_err(|e| ShimError::from_call("Stats", e))?;
+        let answer = call("Stats", limit::QUICK, |context| {
+            self.task.stats(context, &request)
+        })
+        .await?;
         Ok(answer.stats.into_option().unwrap_or_default())
     }
 
-    /// Stream.ExecSync of an OCI process; `timeout` zero: no limit.
+    /// Stream.ExecSync of an OCI process; `timeout` zero: no limit. Dropping the future kills the process.
     ///
     /// # Errors
     /// [`ShimError`].
@@ -537,23 +561,25 @@ impl Shim {
         timeout: Duration,
         max_output: u64,
     ) -> Result<ExecOutput> {
+        let guard = cancel::ExecSyncGuard::new(&self.stream)?;
         let request = stream::ExecSyncRequest {
             container_id: container.to_owned(),
             process,
             timeout_ms: i64::try_from(timeout.as_millis()).unwrap_or(i64::MAX),
             max_output,
+            cancel_key: guard.key(),
             ..Default::default()
         };
-        let context = if timeout.is_zero() {
-            Context::default()
+        let answer = if timeout.is_zero() {
+            let answer = self.stream.exec_sync(Context::default(), &request).await;
+            answer.map_err(|e| ShimError::from_call("ExecSync", e))?
         } else {
-            within(timeout + limit::RUNTIME)
+            call("ExecSync", timeout + limit::RUNTIME, |context| {
+                self.stream.exec_sync(context, &request)
+            })
+            .await?
         };
-        let answer = self
-            .stream
-            .exec_sync(context, &request)
-            .await
-            .map_err(|e| ShimError::from_call("ExecSync", e))?;
+        guard.answered();
         Ok(ExecOutput {
             stdout: answer.stdout,
             stderr: answer.stderr,
@@ -572,8 +598,11 @@ impl Shim {
             container_id: container.to_owned(),
             ..Default::default()
         };
-        let answer = self.stream.reopen_log(within(limit::QUICK), &request).await;
-        answer.map(drop).map_err(|e| ShimError::from_call("ReopenLog", e))
+        let answer = call("ReopenLog", limit::QUICK, |context| {
+            self.stream.reopen_log(context, &request)
+        })
+        .await;
+        answer.map(drop)
     }
 
     /// Stream.Open: where to connect for the session's bytes, and the token that opens it.
@@ -581,8 +610,10 @@ impl Shim {
     /// # Errors
     /// [`ShimError`].
     pub async fn open(&self, request: stream::OpenRequest) -> Result<stream::OpenResponse> {
-        let answer = self.stream.open(within(limit::RUNTIME), &request).await;
-        answer.map_err(|e| ShimError::from_call("Open", e))
+        call("Open", limit::RUNTIME, |context| {
+            self.stream.open(context, &request)
+        })
+        .await
     }
 }
 
