@@ -22,6 +22,8 @@ mod stats_v1;
 mod stats_v2;
 pub mod systemd;
 
+use std::collections::BTreeSet;
+
 pub use error::{CgroupError, Result};
 pub use hierarchy::{CgroupVersion, Hierarchy};
 pub use network::{InterfaceStats, network_stats, network_stats_all};
@@ -66,6 +68,14 @@ pub fn kill_all(path: &str) -> Result<()> {
 /// As there.
 pub fn exists(path: &str) -> Result<bool> {
     Hierarchy::host()?.exists(path)
+}
+
+/// As [`Hierarchy::children`], on the host.
+///
+/// # Errors
+/// As there.
+pub fn children(path: &str) -> Result<BTreeSet<String>> {
+    Hierarchy::host()?.children(path)
 }
 
 /// As [`Hierarchy::pids`], on the host.

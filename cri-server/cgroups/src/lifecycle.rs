@@ -1,5 +1,6 @@
 //! A cgroup's life: made in every hierarchy, its processes listed and killed, removed.
 
+use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -59,6 +60,27 @@ impl Hierarchy {
     pub fn exists(&self, path: &str) -> Result<bool> {
         let inner = relative(path)?;
         Ok(self.all_roots().iter().any(|root| root.join(inner).is_dir()))
+    }
+
+    /// Names of the cgroups right below this one in any hierarchy. A cgroup that does not exist has none.
+    ///
+    /// # Errors
+    /// [`CgroupError::InvalidPath`], [`CgroupError::Io`].
+    pub fn children(&self, path: &str) -> Result<BTreeSet<String>> {
+        let inner = relative(path)?;
+        let mut names = BTreeSet::new();
+        for root in self.all_roots() {
+            let dir = root.join(inner);
+            match children(&dir) {
+                Ok(below) => names.extend(below.iter().filter_map(|path| {
+                    let name = path.file_name()?.to_str()?;
+                    Some(name.to_owned())
+                })),
+                Err(error) if gone(&error) => {}
+                Err(error) => return Err(CgroupError::io("list", dir)(error)),
+            }
+        }
+        Ok(names)
     }
 
     /// Removes the cgroup and those below it in every hierarchy. Kills nothing; waits up to three seconds for

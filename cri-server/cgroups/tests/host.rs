@@ -78,6 +78,17 @@ fn reaped(mut child: Child) -> std::thread::JoinHandle<()> {
 }
 
 #[test]
+fn children_are_listed_by_name() {
+    let scratch = Scratch::new();
+    assert!(cgroups::children(&scratch.0).unwrap().is_empty());
+    cgroups::create(&format!("{}/one/below", scratch.0)).unwrap();
+    cgroups::create(&format!("{}/two", scratch.0)).unwrap();
+    let names: Vec<String> = cgroups::children(&scratch.0).unwrap().into_iter().collect();
+    assert_eq!(names, ["one", "two"]);
+    assert!(cgroups::children("/no-such-cgroup").unwrap().is_empty());
+}
+
+#[test]
 fn a_cgroup_is_made_and_removed_idempotently() {
     let scratch = Scratch::new();
     let child = format!("{}/a/b", scratch.0);
