@@ -45,6 +45,10 @@ const FILES: &[(&str, &str, u32, bool)] = &[
 pub(crate) fn run(destination: &Path) -> Result<(), Failure> {
     let agent = format!("target/{AGENT_TARGET}/release/catamaran-agent");
     let agent = (agent.as_str(), "usr/lib/catamaran/catamaran-agent", 0o755, false);
+    let built = root().join(FILES[0].0);
+    if !built.exists() {
+        return Err(format!("{} is missing: cargo xtask build", built.display()));
+    }
     for (from, to, mode, keep) in FILES.iter().copied().chain([agent]) {
         let (from, to) = (root().join(from), destination.join(to));
         if keep && to.exists() {
