@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use catamaran_e2e::case::Case;
 use catamaran_e2e::node::Options;
-use catamaran_e2e::suite::{Skip, Suite};
+use catamaran_e2e::suite::{Handler, Skip, Suite};
 use serde_json::Value;
 
 fn main() -> ExitCode {
@@ -74,6 +74,10 @@ fn metrics(t: &Case<'_>) -> Result<()> {
         }
         ensure!(sample(&descriptors, container, "container_memory_usage_bytes")?.1 > 0);
         ensure!(sample(&descriptors, container, "container_threads")?.1 >= 1);
+        if t.handler == Handler::Runc {
+            ensure!(sample(&descriptors, container, "container_file_descriptors")?.1 >= 3);
+            ensure!(sample(&descriptors, container, "container_sockets").is_ok());
+        }
         ensure!(sample(&descriptors, container, "container_start_time_seconds")?.1 > 1_600_000_000);
         ensure!(
             sample(&descriptors, of, "container_network_receive_bytes_total").is_ok(),

@@ -73,6 +73,8 @@ descriptors! {
     PROCESSES: Gauge "container_processes" [], "Processes.";
     THREADS: Gauge "container_threads" [], "Threads, the first one of each process with them.";
     THREADS_MAX: Gauge "container_threads_max" [], "Limit of threads; 0: none.";
+    FILE_DESCRIPTORS: Gauge "container_file_descriptors" [], "Open file descriptors; not known of a VM pod.";
+    SOCKETS: Gauge "container_sockets" [], "Open sockets; not known of a VM pod.";
 
     FS_USAGE: Gauge "container_fs_usage_bytes" ["device"], "Bytes of the container's writable layer.";
     FS_LIMIT: Gauge "container_fs_limit_bytes" ["device"], "Bytes of the file system with the writable layer.";

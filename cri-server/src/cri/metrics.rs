@@ -13,7 +13,7 @@ use catamaran_sandbox::id::Id;
 use futures::future::join_all;
 
 use super::metric_descriptors::{self as metric, Descriptor};
-use super::{api, stats};
+use super::{api, open_files, stats};
 use crate::config::HandlerType;
 use crate::error::{Result, chain};
 use crate::node::{Node, now_ns};
@@ -314,6 +314,12 @@ fn of_container(
     let mut samples = Samples::new([&path, id, image, &of.namespace, &of.name, &own.name]);
     samples.times(container.started_at_ns);
     samples.cgroup(used);
+    // Processes in a guest are the guest's.
+    if let (HandlerType::Oci, Ok(pids)) = (handler_kind(pod), catamaran_cgroups::pids(&path)) {
+        let open = open_files::of(&pids);
+        samples.add(&metric::FILE_DESCRIPTORS, open.descriptors);
+        samples.add(&metric::SOCKETS, open.sockets);
+    }
     samples.limits(&container.resources);
     if let Ok(layer) = node.images.snapshot_usage(id) {
         let device = [disk.device.as_str()];

@@ -7,6 +7,7 @@ mod layer;
 mod metric_descriptors;
 mod metrics;
 mod node_status;
+mod open_files;
 mod runtime_service;
 mod serve;
 mod shim_stats;
