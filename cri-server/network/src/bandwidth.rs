@@ -78,34 +78,46 @@ impl Bandwidth {
     }
 }
 
-/// A Kubernetes quantity, rounded up to a whole number: digits with an optional fraction, then a decimal
-/// (`k`, `M`, …), binary (`Ki`, `Mi`, …) or no suffix.
+/// A Kubernetes quantity, rounded up to a whole number: digits with an optional fraction, then a decimal suffix
+/// (`m`, `k`, `M`, …), a binary one (`Ki`, `Mi`, …), a decimal exponent (`e6`, `E-3`) or nothing.
 fn quantity(text: &str) -> Option<u64> {
     let number_end = text
         .find(|c: char| !c.is_ascii_digit() && c != '.')
         .unwrap_or(text.len());
     let (number, suffix) = text.split_at(number_end);
-    let scale: u128 = match suffix {
-        "" => 1,
-        "k" => 1_000,
-        "M" => 1_000_000,
-        "G" => 1_000_000_000,
-        "T" => 1_000_000_000_000,
-        "P" => 1_000_000_000_000_000,
-        "Ki" => 1 << 10,
-        "Mi" => 1 << 20,
-        "Gi" => 1 << 30,
-        "Ti" => 1 << 40,
-        "Pi" => 1 << 50,
-        _ => return None,
+    let (binary, decimal) = match suffix {
+        "n" => (0, -9),
+        "u" => (0, -6),
+        "m" => (0, -3),
+        "" => (0, 0),
+        "k" => (0, 3),
+        "M" => (0, 6),
+        "G" => (0, 9),
+        "T" => (0, 12),
+        "P" => (0, 15),
+        "E" => (0, 18),
+        "Ki" => (10, 0),
+        "Mi" => (20, 0),
+        "Gi" => (30, 0),
+        "Ti" => (40, 0),
+        "Pi" => (50, 0),
+        "Ei" => (60, 0),
+        exponent => (0, exponent.strip_prefix(['e', 'E'])?.parse::<i8>().ok()?),
     };
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
     if whole.is_empty() && fraction.is_empty() || whole.len() > 18 || fraction.len() > 18 {
         return None;
     }
     let digits: u128 = format!("0{whole}{fraction}").parse().ok()?;
-    let divisor = 10u128.pow(fraction.len().try_into().ok()?);
-    u64::try_from((digits.checked_mul(scale)?).div_ceil(divisor)).ok()
+    let power = u32::from(decimal.unsigned_abs());
+    let fraction = 10u128.pow(fraction.len().try_into().ok()?);
+    let (scale, divisor) = if decimal >= 0 {
+        (10u128.checked_pow(power)?, fraction)
+    } else {
+        (1, 10u128.checked_pow(power)?.checked_mul(fraction)?)
+    };
+    let scaled = digits.checked_mul(scale)?.checked_mul(1 << binary)?;
+    u64::try_from(scaled.div_ceil(divisor)).ok()
 }
 
 #[cfg(test)]
@@ -129,6 +141,16 @@ mod tests {
             .unwrap();
         assert_eq!((limits.ingress_rate, limits.egress_rate), (10_000_000, 1536));
         assert_eq!(limits.to_cni()["ingressBurst"], json!(2_147_483_647u64));
+        for (text, rate) in [
+            ("1e6", 1_000_000),
+            ("1.5E6", 1_500_000),
+            ("20e+5", 2_000_000),
+            ("5000000e-3", 5000),
+            ("5000000m", 5000),
+        ] {
+            let limits = annotated(&[(INGRESS, text)]).unwrap().unwrap();
+            assert_eq!(limits.ingress_rate, rate, "{text}");
+        }
         let one = annotated(&[(EGRESS, "1000")]).unwrap().unwrap();
         assert_eq!(one.to_cni(), json!({"egressRate": 1000, "egressBurst": BURST}));
         for bad in [
@@ -140,7 +162,11 @@ mod tests {
             "2P",
             "1.2.3M",
             ".",
-            "1e6",
+            "1e2",
+            "1e",
+            "1ee6",
+            "1e99",
+            "1E",
             "99999999999999999999",
         ] {
             let error = annotated(&[(INGRESS, bad)]).unwrap_err().to_string();

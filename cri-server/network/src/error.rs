@@ -119,6 +119,18 @@ pub enum NetworkError {
         reason: String,
     },
 
+    /// A plugin that an interrupted ADD left cannot be killed, so DEL would race with it. The record stays.
+    #[error(
+        "the cni plugins of an interrupted ADD for {id} do not die (processes {processes}); \
+         DEL is tried again once they have ended"
+    )]
+    Unkillable {
+        /// The sandbox.
+        id: String,
+        /// Their ids, with commas.
+        processes: String,
+    },
+
     /// A file or directory of ours could not be used.
     #[error("cannot {what} {path}")]
     Io {

@@ -14,6 +14,7 @@ mod bandwidth;
 mod conflist;
 mod default_network;
 mod error;
+mod holders;
 mod masquerade;
 mod netlink;
 mod netns;

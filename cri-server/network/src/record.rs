@@ -18,12 +18,16 @@ use serde_json::Value;
 
 use crate::conflist::{ConfList, checked_id, good_name};
 use crate::error::{NetworkError, Result};
+use crate::holders;
 use crate::pod::PodNetwork;
 
 /// Version of [`Intent`]; others are refused.
 const VERSION: u32 = 1;
 const RESULT_END: &str = ".result";
 const INTENT_END: &str = ".intent";
+
+/// For how long a killed plugin may take to end.
+const KILLED: Duration = Duration::from_secs(5);
 
 /// What DEL needs that ADD had.
 #[derive(Debug, Serialize, Deserialize)]
@@ -94,22 +98,49 @@ pub(crate) fn lock(cache_dir: &Path, id: &str) -> Result<File> {
 }
 
 /// Waits for the plugins of an interrupted ADD, at most for `limit`: one that takes longer would have been
-/// killed.
+/// killed, and is now.
+///
+/// # Errors
+/// [`NetworkError::Unkillable`] where one does not even die by that.
 pub(crate) async fn wait_for_add(cache_dir: &Path, id: &str, limit: Duration) -> Result<()> {
     let path = intent_path(cache_dir, id)?;
     let file = File::open(&path).map_err(NetworkError::io("open", &path))?;
+    if locked_within(&file, limit)
+        .await
+        .map_err(NetworkError::io("lock", &path))?
+    {
+        return Ok(());
+    }
+    let (file, holders) = off_runtime(move || {
+        let holders = holders::kill(&file).map_err(NetworkError::io("find the holders of", &path))?;
+        Ok((file, holders))
+    })
+    .await?;
+    let processes: Vec<String> = holders.iter().map(ToString::to_string).collect();
+    let processes = processes.join(", ");
+    tracing::warn!(
+        sandbox = id,
+        processes,
+        "a plugin of an interrupted ADD hangs and is killed"
+    );
+    let ended = locked_within(&file, KILLED).await;
+    if ended.map_err(NetworkError::io("lock", intent_path(cache_dir, id)?))? {
+        return Ok(());
+    }
+    Err(NetworkError::Unkillable {
+        id: id.to_owned(),
+        processes,
+    })
+}
+
+/// Whether the file could be locked within `limit`.
+async fn locked_within(file: &File, limit: Duration) -> std::io::Result<bool> {
     let deadline = Instant::now() + limit;
     loop {
         match file.try_lock() {
-            Ok(()) => return Ok(()),
-            Err(TryLockError::Error(error)) => return Err(NetworkError::io("lock", path)(error)),
-            Err(TryLockError::WouldBlock) if Instant::now() > deadline => {
-                tracing::warn!(
-                    sandbox = id,
-                    "a plugin of an interrupted ADD still runs; undoing nevertheless"
-                );
-                return Ok(());
-            }
+            Ok(()) => return Ok(true),
+            Err(TryLockError::Error(error)) => return Err(error),
+            Err(TryLockError::WouldBlock) if Instant::now() > deadline => return Ok(false),
             Err(TryLockError::WouldBlock) => tokio::time::sleep(Duration::from_millis(10)).await,
         }
     }

@@ -289,6 +289,24 @@ async fn attach_until_killed() {
     let _ = Network::new(config).attach(&pod).await;
 }
 
+/// An ADD of `lab`'s network whose daemon is killed once `begun` holds.
+fn kill_the_daemon_in_add(lab: &Lab, begun: impl Fn() -> bool) {
+    let mut daemon = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "attach_until_killed", "--ignored"])
+        .env("CATAMARAN_NETWORK_DIR", lab.dir.path())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !begun() {
+        assert!(Instant::now() < deadline, "ADD did not begin");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
+    assert_eq!(lab.network.attached().unwrap(), ["killed"]);
+}
+
 #[tokio::test]
 async fn a_plugin_that_outlives_the_daemon_is_waited_for() {
     let lab = Lab::new();
@@ -301,21 +319,38 @@ async fn a_plugin_that_outlives_the_daemon_is_waited_for() {
     lab.script("slow", &body);
     lab.conflist("1.0.0", r#"{"type":"slow"}"#);
     let read = || std::fs::read_to_string(&log).unwrap_or_default();
-    let mut daemon = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "attach_until_killed", "--ignored"])
-        .env("CATAMARAN_NETWORK_DIR", lab.dir.path())
-        .stdout(std::process::Stdio::null())
-        .spawn()
-        .unwrap();
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !read().contains("ADD") {
-        assert!(Instant::now() < deadline, "ADD did not begin");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    daemon.kill().unwrap();
-    daemon.wait().unwrap();
-    assert_eq!(lab.network.attached().unwrap(), ["killed"]);
+    kill_the_daemon_in_add(&lab, || read().contains("ADD"));
     lab.network.detach_id("killed").await.unwrap();
     assert_eq!(read(), "ADD\nend\nDEL\n");
+    assert_eq!(lab.leftovers(), [""; 0]);
+}
+
+#[tokio::test]
+async fn a_plugin_that_hangs_beyond_the_daemon_is_killed_before_del() {
+    let mut lab = Lab::new();
+    lab.config.plugin_timeout = Duration::from_millis(700);
+    lab.network = Network::new(lab.config.clone());
+    let (log, pids) = (lab.dir.path().join("log"), lab.dir.path().join("pids"));
+    let gone = "for p in $(cat PIDS); do kill -0 $p 2>/dev/null && ! grep -q ') Z ' /proc/$p/stat && echo alive $p >> LOG; done";
+    let body = format!(
+        "cat >/dev/null\nif [ $CNI_COMMAND = DEL ]; then {gone}; echo DEL >> LOG; exit 0; fi\n\
+         sleep 1000 & echo $! $$ > PIDS; wait; echo late >> LOG; echo '{{}}'"
+    );
+    let body = body
+        .replace("LOG", &log.display().to_string())
+        .replace("PIDS", &pids.display().to_string());
+    lab.script("hangs", &body);
+    lab.conflist("1.0.0", r#"{"type":"hangs"}"#);
+    kill_the_daemon_in_add(&lab, || {
+        std::fs::read_to_string(&pids).is_ok_and(|pids| pids.ends_with('\n'))
+    });
+    let started = Instant::now();
+    lab.network.detach_id("killed").await.unwrap();
+    assert!(
+        started.elapsed() < Duration::from_secs(6),
+        "{:?}",
+        started.elapsed()
+    );
+    assert_eq!(std::fs::read_to_string(&log).unwrap(), "DEL\n");
     assert_eq!(lab.leftovers(), [""; 0]);
 }
