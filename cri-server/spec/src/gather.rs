@@ -13,6 +13,7 @@ use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
 use crate::error::{Result, SpecError};
 use crate::input::Side;
 use crate::seccomp::localhost_profile_path;
+use crate::seccomp_docker::kernel_version;
 
 /// What a container's configuration names on the host.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -26,6 +27,8 @@ pub struct HostInputs {
     pub host_devices: Vec<LinuxDevice>,
     /// Content of the Localhost seccomp profile.
     pub seccomp_profile: Option<Vec<u8>>,
+    /// Version of the kernel, which conditions of that profile may name; read with it. A guest's counts as the same.
+    pub kernel: (u32, u32),
 }
 
 /// A mount's source on the host.
@@ -88,6 +91,8 @@ impl HostInputs {
         }
         if let Some(path) = localhost_profile_path(container)? {
             inputs.seccomp_profile = Some(read_profile(&path)?);
+            let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+            inputs.kernel = kernel_version(&release).unwrap_or_default();
         }
         Ok(inputs)
     }

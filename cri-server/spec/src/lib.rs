@@ -20,6 +20,7 @@ mod process;
 mod resources;
 mod seccomp;
 mod seccomp_default;
+mod seccomp_docker;
 mod stop_signal;
 
 use std::collections::HashMap;

@@ -9,6 +9,7 @@ use oci_spec::runtime::{LinuxIdMapping, LinuxIdMappingBuilder, LinuxNamespace, L
 use crate::error::{Result, SpecError};
 use crate::gather::{MountSource, SourcePropagation};
 use crate::input::{ContainerInput, GUEST_SHM, Side, Target};
+use crate::lsm;
 
 /// Mounts, and the propagation that the root must have for them.
 pub(crate) struct Mounts {
@@ -204,19 +205,14 @@ fn cri_mount(
             ));
         }
     }
-    let security = input
-        .container
-        .linux
-        .as_ref()
-        .and_then(|linux| linux.security_context.as_ref());
-    let labelled = security
-        .and_then(|security| security.selinux_options.as_ref())
-        .is_some();
-    if wanted.selinux_relabel && labelled && input.host.selinux.is_some() {
-        return Err(SpecError::unimplemented(
-            field("selinux_relabel"),
-            "volumes are not relabelled yet",
-        ));
+    // Without a label of its own a container needs none on its volumes, and without SELinux there are none.
+    if wanted.selinux_relabel
+        && input.target.side() == Side::Host
+        && lsm::selinux_labels(input, input.host)?.is_some()
+    {
+        let reason = "volumes are not relabelled: give the files the label that the pod's seLinuxOptions name and \
+                      mount them without relabelling, or leave seLinuxOptions out";
+        return Err(SpecError::unimplemented(field("selinux_relabel"), reason));
     }
 
     let propagation = MountPropagation::try_from(wanted.propagation).map_err(|unknown| {

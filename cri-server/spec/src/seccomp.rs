@@ -4,13 +4,14 @@ use std::path::PathBuf;
 
 use catamaran_cri_api::v1::security_profile::ProfileType;
 use catamaran_cri_api::v1::{ContainerConfig, SecurityProfile};
-use oci_spec::runtime::{LinuxCapabilities, LinuxSeccomp};
+use oci_spec::runtime::{Capabilities, LinuxCapabilities, LinuxSeccomp};
 
 use crate::error::{Result, SpecError};
 use crate::host::HostFeatures;
 use crate::input::ContainerInput;
 use crate::lsm::profile_by_name;
 use crate::seccomp_default::default_profile;
+use crate::seccomp_docker;
 
 const FIELD: &str = "linux.security_context.seccomp";
 
@@ -86,6 +87,9 @@ pub(crate) fn seccomp(
             "the kernel has no seccomp filters",
         ));
     }
+    let bounding = capabilities
+        .and_then(|sets| sets.bounding().clone())
+        .unwrap_or_default();
     match kind {
         ProfileType::Localhost => {
             let Some(bytes) = &input.inputs.seccomp_profile else {
@@ -94,48 +98,36 @@ pub(crate) fn seccomp(
                     "not read from the node",
                 ));
             };
-            parse(bytes).map(Some)
+            parse(bytes, &bounding, input.inputs.kernel).map(Some)
         }
-        _ => {
-            let bounding = capabilities
-                .and_then(|sets| sets.bounding().clone())
-                .unwrap_or_default();
-            Ok(Some(default_profile(&bounding)))
-        }
+        _ => Ok(Some(default_profile(&bounding))),
     }
 }
 
-/// Docker's own format has conditions that the OCI format has not; leaving them out would change the filter's
-/// meaning without a word.
-fn parse(bytes: &[u8]) -> Result<LinuxSeccomp> {
-    let field = || format!("{FIELD}.localhost_ref");
-    let value: serde_json::Value = serde_json::from_slice(bytes)
-        .map_err(|e| SpecError::invalid(field(), format!("the profile is not JSON: {e}")))?;
-    let rules = value
-        .get("syscalls")
-        .and_then(|rules| rules.as_array())
-        .into_iter()
-        .flatten();
-    let conditional = rules
-        .into_iter()
-        .any(|rule| rule.get("includes").is_some() || rule.get("excludes").is_some());
-    if conditional || value.get("archMap").is_some() {
-        let reason =
-            "the profile is in Docker's format (archMap, includes, excludes), not the OCI runtime spec's";
-        return Err(SpecError::invalid(field(), reason));
-    }
+/// A profile file, of the OCI runtime spec or in Docker's format, whose conditions are decided for a container with
+/// this bounding set on this kernel.
+fn parse(bytes: &[u8], bounding: &Capabilities, kernel: (u32, u32)) -> Result<LinuxSeccomp> {
+    let invalid = |reason: String| SpecError::invalid(format!("{FIELD}.localhost_ref"), reason);
+    let mut value: serde_json::Value =
+        serde_json::from_slice(bytes).map_err(|e| invalid(format!("the profile is not JSON: {e}")))?;
+    seccomp_docker::resolve(&mut value, bounding, kernel)
+        .map_err(|reason| invalid(format!("the profile cannot be used: {reason}")))?;
     serde_json::from_value(value).map_err(|e| {
-        SpecError::invalid(
-            field(),
-            format!("the profile is not one of the OCI runtime spec: {e}"),
-        )
+        invalid(format!(
+            "the profile is neither one of the OCI runtime spec nor in Docker's format: {e}"
+        ))
     })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use oci_spec::runtime::LinuxSeccompAction;
+    use oci_spec::runtime::{Capability, LinuxSeccompAction};
+
+    fn parse(bytes: &[u8]) -> Result<LinuxSeccomp> {
+        let bounding = [Capability::SysAdmin].into_iter().collect();
+        super::parse(bytes, &bounding, (6, 1))
+    }
 
     #[test]
     fn profiles_from_files() {
@@ -150,10 +142,42 @@ mod tests {
             &b"{"[..],
             b"[]",
             br#"{"defaultAction":"SCMP_ACT_NOTHING"}"#,
-            br#"{"defaultAction":"SCMP_ACT_ALLOW","archMap":[]}"#,
-            br#"{"defaultAction":"SCMP_ACT_ERRNO","syscalls":[{"names":["a"],"action":"SCMP_ACT_ALLOW","includes":{}}]}"#,
+            br#"{"defaultAction":"SCMP_ACT_ALLOW","architectures":["SCMP_ARCH_X86"],"archMap":[{"architecture":"SCMP_ARCH_X86"}]}"#,
+            br#"{"defaultAction":"SCMP_ACT_ERRNO","syscalls":[{"names":["a"],"action":"SCMP_ACT_ALLOW","includes":{"moon":1}}]}"#,
+            br#"{"defaultAction":"SCMP_ACT_ERRNO","syscalls":[{"names":["a"],"action":"SCMP_ACT_ALLOW","includes":{"minKernel":"new"}}]}"#,
         ] {
             assert_eq!(parse(bad).expect_err("bad").field, "linux.security_context.seccomp.localhost_ref");
         }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn dockers_format_is_decided_for_the_container() {
+        let profile = parse(
+            br#"{"defaultAction":"SCMP_ACT_ERRNO","defaultErrnoRet":1,"archMap":[
+                {"architecture":"SCMP_ARCH_AARCH64","subArchitectures":["SCMP_ARCH_ARM"]},
+                {"architecture":"SCMP_ARCH_X86_64","subArchitectures":["SCMP_ARCH_X86","SCMP_ARCH_X32"]}],
+              "syscalls":[
+                {"names":["all"],"action":"SCMP_ACT_ALLOW","args":null,"comment":"x","includes":{},"excludes":{}},
+                {"name":"single","action":"SCMP_ACT_ALLOW","args":[]},
+                {"names":["admin"],"action":"SCMP_ACT_ALLOW","includes":{"caps":["CAP_SYS_ADMIN"]}},
+                {"names":["both"],"action":"SCMP_ACT_ALLOW","includes":{"caps":["CAP_SYS_ADMIN","CAP_SYS_BOOT"]}},
+                {"names":["boot"],"action":"SCMP_ACT_ALLOW","includes":{"caps":["CAP_SYS_BOOT"]}},
+                {"names":["plain"],"action":"SCMP_ACT_ALLOW","excludes":{"caps":["CAP_SYS_ADMIN"]}},
+                {"names":["here"],"action":"SCMP_ACT_ALLOW","includes":{"arches":["amd64","x32"]}},
+                {"names":["there"],"action":"SCMP_ACT_ALLOW","includes":{"arches":["arm64"]}},
+                {"names":["not_here"],"action":"SCMP_ACT_ALLOW","excludes":{"arches":["amd64"]}},
+                {"names":["old"],"action":"SCMP_ACT_ALLOW","includes":{"minKernel":"4.8"}},
+                {"names":["future"],"action":"SCMP_ACT_ALLOW","includes":{"minKernel":"6.10"}}]}"#,
+        )
+        .expect("Docker's format");
+        let rules = profile.syscalls().as_ref().expect("rules").iter();
+        let names: Vec<&String> = rules.flat_map(|rule| rule.names()).collect();
+        assert_eq!(names, ["all", "single", "admin", "here", "old"]);
+        let architectures = serde_json::to_value(profile.architectures()).expect("json");
+        assert_eq!(
+            architectures,
+            serde_json::json!(["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"])
+        );
     }
 }

@@ -10,7 +10,8 @@ use catamaran_cri_api::v1::{
     WindowsContainerConfig, security_profile::ProfileType,
 };
 use catamaran_spec::{
-    CgroupVersion, HostFeatures, MountSource, PidNamespace, SourcePropagation, SpecErrorKind, UserNamespace,
+    CgroupVersion, HostFeatures, MountSource, PidNamespace, SelinuxDefaults, SourcePropagation, SpecErrorKind,
+    UserNamespace,
 };
 use fixture::{Fixture, mount_at};
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, LinuxIdMappingBuilder, LinuxNamespaceType, Spec};
@@ -720,4 +721,45 @@ fn what_the_node_cannot_enforce() {
     };
     let shares = refused(|f| f.container.linux.as_mut().expect("linux").resources = Some(resources));
     assert_eq!(shares, (InvalidArgument, "linux.resources.cpu_shares".into()));
+}
+
+/// Relabelling matters only to a container with a label of its own; the pod's options give it one too.
+#[test]
+fn relabelled_volumes() {
+    let labelled = SeLinuxOption {
+        level: "s0:c1".into(),
+        ..Default::default()
+    };
+    let fixture = |enabled: bool| {
+        let mut fixture = Fixture::default();
+        fixture.host.selinux = enabled.then(|| SelinuxDefaults {
+            process: "system_u:system_r:container_t:s0".into(),
+            file: "system_u:object_r:container_file_t:s0".into(),
+        });
+        fixture.container.mounts = vec![CriMount {
+            container_path: "/data".into(),
+            host_path: "/data".into(),
+            selinux_relabel: true,
+            ..Default::default()
+        }];
+        fixture.inputs.mounts = vec![Some(MountSource {
+            path: "/data".into(),
+            propagation: SourcePropagation::Private,
+        })];
+        fixture
+    };
+    fixture(false).spec().expect("no SELinux, no labels");
+    fixture(true).spec().expect("a container without a label");
+    let mut by_pod = fixture(true);
+    let security = by_pod.pod_linux().security_context.get_or_insert_default();
+    security.selinux_options = Some(labelled.clone());
+    let mut by_container = fixture(true);
+    by_container.security().selinux_options = Some(labelled);
+    for fixture in [by_pod, by_container] {
+        let error = fixture.spec().expect_err("cannot be relabelled");
+        assert_eq!(
+            (error.kind, error.field.as_str()),
+            (Unimplemented, "mounts[0].selinux_relabel")
+        );
+    }
 }
