@@ -1,4 +1,4 @@
-//! CDI devices and image volumes, asked for by crictl as a kubelet does.
+//! CDI devices, image volumes and the volumes that images declare, asked for by crictl as a kubelet does.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -19,6 +19,7 @@ fn main() -> ExitCode {
         .both("image_volumes_and_their_parts", image_volumes)
         .both("image_volumes_that_cannot_be_given", image_volumes_refused)
         .both("an_image_in_use_as_a_volume_stays_readable", image_removed)
+        .both("volumes_that_an_image_declares", declared_volumes)
         .main()
 }
 
@@ -176,26 +177,25 @@ fn image_volumes(t: &Case<'_>) -> Result<()> {
     let pod = t.pod()?;
     let script = "cat /all/data/lower /all/data/both /part/both /file; echo; \
                   ls /linked; (echo x > /all/new) 2>/dev/null || echo read-only; \
-                  (/part/tool) 2>/dev/null || echo no execution; sleep 1000 & wait";
+                  /part/tool; sleep 1000 & wait";
     let mut request = t.script("main", script);
     request = with_image(request, &image, "/all", json!({}));
     request = with_image(request, &image, "/part", json!({"image_sub_path": "data"}));
     request = with_image(request, &image, "/file", json!({"image_sub_path": "data/lower"}));
     request = with_image(request, &image, "/linked", json!({"image_sub_path": "away"}));
     let id = t.start(&pod, &request)?;
-    let expected = "lowerof the upperof the upperlower\nboth\nlower\nout\ntool\nread-only\nno execution\n";
+    let expected = "lowerof the upperof the upperlower\nboth\nlower\nout\ntool\nread-only\nran\n";
     t.eventually(Duration::from_secs(20), || {
         let logs = t.logs(&id)?;
         ensure!(logs == expected, "{logs:?}");
         Ok(())
     })?;
     let status = t.status(&id)?;
-    let reported = status["mounts"][0]["image"]["imageRef"]
-        .as_str()
-        .unwrap_or_default();
+    // By what PullImage called it, as the kubelet compares the two.
+    let pulled = t.node.crictl.json(&["inspecti", &image])?["status"]["id"].clone();
     ensure!(
-        reported.contains("@sha256:"),
-        "the status names the image: {status}"
+        status["mounts"][0]["image"]["imageRef"] == pulled,
+        "{pulled} is not what the status names: {status}"
     );
     t.node.crictl.ok(&["rm", "-f", &id])?;
     // The mounts went with the container: the image can go too.
@@ -253,5 +253,62 @@ fn image_removed(t: &Case<'_>) -> Result<()> {
     let id = t.start(&pod, &with_image(t.idle("main"), &image, "/v", json!({})))?;
     t.node.crictl.ok(&["rmi", &image])?;
     ensure!(t.shell(&id, "cat /v/data/lower")? == "lower");
+    Ok(())
+}
+
+fn declared_volumes(t: &Case<'_>) -> Result<()> {
+    let layer = Layer::new()
+        .busybox()?
+        .directory("real", 0o755)?
+        .directory("real/data", 0o711)?
+        .file("real/data/seed", 0o640, (70, 71), b"of the image")?
+        .symlink("data", "/real/data")?
+        .file("declared", 0o644, (0, 0), t.handler.name().as_bytes())?;
+    let config = json!({
+        "Env": ["PATH=/bin"], "Cmd": ["sh"], "Volumes": {"/data": {}, "/cache": {}, "/given/": {}},
+    });
+    let image = build(
+        vec![(layer, Packing::Gzip)],
+        &config,
+        Format::Oci,
+        host_architecture(),
+    )?;
+    let name = format!("declared-{}:1", t.handler.name());
+    let image = t.node.registry.push(&name, &image)?;
+    t.node.crictl.ok(&["pull", &image])?;
+    let given = t.directory()?.join("given");
+    std::fs::create_dir_all(&given)?;
+    std::fs::write(given.join("file"), "of the pod")?;
+    let pod = t.pod()?;
+    let script = "cat /data/seed /given/file; echo; stat -c '%u:%g %a' /data/seed; stat -c %a /data; ls /cache; \
+                  echo x > /data/new && echo x > /cache/new && echo wrote; (echo x > /new) 2>/dev/null || echo no; \
+                  echo ready; sleep 1000 & wait";
+    let request = Request::script("main", &image, script)
+        .set("/linux/security_context/readonly_rootfs", json!(true))
+        .mount(&given, "/given", json!({}));
+    let expected = "of the imageof the pod\n70:71 640\n711\nwrote\nno\nready\n";
+    let mut volumes = Vec::new();
+    // Each container has its own.
+    for name in ["first", "second"] {
+        let id = t.start(&pod, &request.clone().set("/metadata/name", json!(name)))?;
+        t.eventually(Duration::from_secs(20), || {
+            let logs = t.logs(&id)?;
+            ensure!(logs == expected, "{logs:?}");
+            Ok(())
+        })?;
+        let mounts = t.status(&id)?["mounts"].as_array().map_or(0, Vec::len);
+        ensure!(mounts == 1, "the status has the CRI's mounts: {mounts}");
+        let directory = t.node.layout.root.join("snapshots").join(&id).join("volumes");
+        ensure!(directory.join("1/new").exists(), "{}", directory.display());
+        volumes.push((id, directory));
+    }
+    t.node.kill_daemon()?;
+    t.node.start_daemon()?;
+    for (id, directory) in volumes {
+        ensure!(directory.exists(), "a restart keeps them");
+        t.node.crictl.ok(&["rm", "-f", &id])?;
+        ensure!(!directory.exists(), "they go with their container");
+    }
+    t.node.crictl.ok(&["rmi", &image])?;
     Ok(())
 }
