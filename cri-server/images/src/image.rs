@@ -102,7 +102,8 @@ fn parse_rfc3339(text: &str) -> Option<i64> {
         ("Z", "") => 0,
         (sign @ ("+" | "-"), rest) => {
             let (hours, minutes) = rest.split_once(':')?;
-            let seconds = hours.parse::<i64>().ok()? * 3600 + minutes.parse::<i64>().ok()? * 60;
+            let two_digits = |text: &str| text.parse::<i64>().ok().filter(|_| text.len() == 2);
+            let seconds = two_digits(hours)? * 3600 + two_digits(minutes)? * 60;
             if sign == "+" { seconds } else { -seconds }
         }
         _ => return None,
@@ -142,6 +143,7 @@ mod tests {
             "2000-01-01T00:00:00",
             "2000-01-01T00:00:00X",
             "0001-01-01T00:00:00Z",
+            "2000-01-01T00:00:00+9223372036854775807:00",
         ] {
             assert_eq!(parse_rfc3339(bad), None, "{bad}");
         }

@@ -161,6 +161,7 @@ fn is_layer(media_type: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn digest() -> String {
         format!("sha256:{}", "a".repeat(64))
@@ -191,6 +192,72 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(error.contains("encrypted"), "{error}");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(3000))]
+
+        /// Whatever a registry sends is read or refused, and what is read can be asked for everything.
+        #[test]
+        fn mangled_documents(
+            which in 0..3usize,
+            damage in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 0..6),
+            doubled in any::<(proptest::sample::Index, proptest::sample::Index)>(),
+            cut in proptest::option::of(any::<proptest::sample::Index>()),
+        ) {
+            let d = digest();
+            let mut bytes = [
+                format!(
+                    r#"{{"schemaVersion":2,"config":{{"mediaType":"application/vnd.oci.image.config.v1+json",
+                    "digest":"{d}","size":2}},"layers":[{{"digest":"{d}","size":3,
+                    "mediaType":"application/vnd.oci.image.layer.v1.tar"}}]}}"#
+                ),
+                format!(
+                    r#"{{"schemaVersion":2,"manifests":[{{"digest":"{d}","size":1,
+                    "platform":{{"os":"linux","architecture":"arm","variant":"v7"}}}}]}}"#
+                ),
+                format!(
+                    r#"{{"created":"2020-01-02T03:04:05.5+01:00","architecture":"amd64","os":"linux",
+                    "config":{{"User":"7:8","Env":["A=b"],"Volumes":{{"/v":{{}}}}}},
+                    "rootfs":{{"type":"layers","diff_ids":["{d}"]}}}}"#
+                ),
+            ][which]
+                .clone()
+                .into_bytes();
+            let (from, to) = (doubled.0.index(bytes.len()), doubled.1.index(bytes.len()));
+            if from % 3 == 0 && from < to {
+                let part = bytes[from..to].to_vec();
+                bytes.splice(to..to, part);
+            }
+            for (index, byte) in damage {
+                let at = index.index(bytes.len());
+                bytes[at] = byte;
+            }
+            if let Some(cut) = cut {
+                bytes.truncate(cut.index(bytes.len()));
+            }
+            match parse(&bytes, None) {
+                Ok(Content::Image(manifest)) => {
+                    let _ = manifest.config.digest();
+                    manifest.layers.iter().for_each(|layer| drop(layer.digest()));
+                }
+                Ok(Content::Index(entries)) => {
+                    let platform = Platform { os: "linux".into(), architecture: "arm".into(), variant: None };
+                    let _ = choose(&entries, &platform).map(Descriptor::digest);
+                }
+                Err(_) => {}
+            }
+            if let Ok(config) = crate::image::parse_config(&bytes) {
+                let _ = crate::image::diff_ids(&config);
+                let record = crate::metadata::ImageRecord {
+                    tags: [].into(),
+                    digests: [].into(),
+                    layers: Vec::new(),
+                    content: [].into(),
+                };
+                let _ = crate::image::Image::new("sha256:0", &record, &bytes, 0, &[]);
+            }
+        }
     }
 
     #[test]
