@@ -10,8 +10,8 @@ use catamaran_cri_api::v1::{
     WindowsContainerConfig, security_profile::ProfileType,
 };
 use catamaran_spec::{
-    CgroupVersion, HostFeatures, MountSource, PidNamespace, SelinuxDefaults, SourcePropagation, SpecErrorKind,
-    UserNamespace,
+    CgroupVersion, HostFeatures, MountSource, PidNamespace, SelinuxDefaults, SourcePropagation,
+    SpecErrorKind, UserNamespace,
 };
 use fixture::{Fixture, mount_at};
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, LinuxIdMappingBuilder, LinuxNamespaceType, Spec};
