@@ -20,8 +20,8 @@ const SKIPS: &str = include_str!("../critest-skips.txt");
 const SPECS: usize = 137;
 /// How many of them have to pass on a kernel without AppArmor.
 const MINIMUM: usize = 128;
-/// One run takes four minutes on two cores. It prints nothing here meanwhile, and `cargo xtask` takes a quarter
-/// of an hour's silence for a hang.
+/// One run takes two minutes on two cores. Nothing is printed meanwhile, and `cargo xtask` takes a quarter of an
+/// hour's silence for a hang.
 const LIMIT: Duration = Duration::from_secs(13 * 60);
 /// What the second run repeats over WebSocket.
 const STREAMING: &str = "Streaming|attach|portforward";
@@ -187,6 +187,7 @@ fn critest(
         command.arg(format!("-ginkgo.focus={focus}"));
     }
     let output = process::run(&mut command, LIMIT)?;
+    println!("critest ({run}) took {:.0} s", output.took.as_secs_f32());
     let said = || {
         format!(
             "critest ({run}) ended with {}\n{}\n{}",
