@@ -248,7 +248,7 @@ fn cri_mount(
         (true, true) => "rro",
     });
     if is_image {
-        options.extend(["nosuid", "nodev", "noexec"]);
+        options.extend(["nosuid", "nodev"]);
     }
 
     let mut result = mount(inside, "bind", &source.path, &options);
