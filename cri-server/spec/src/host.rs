@@ -104,6 +104,12 @@ impl HostFeatures {
         }
     }
 
+    /// The nearest `oom_score_adj` that can be set: a container that is a likelier victim than asked for beats one
+    /// that does not start.
+    pub fn settable_oom_score_adj(&self, wanted: i32) -> i32 {
+        self.min_oom_score_adj.map_or(wanted, |lowest| wanted.max(lowest))
+    }
+
     /// The guest kernel of a VM pod, which the agent sets up: cgroup v2, every capability, no LSM.
     /// `hostname` is the node's, for pods that set none.
     pub fn guest(hostname: &str) -> Self {

@@ -210,20 +210,14 @@ fn hugepages(
     Ok(())
 }
 
-/// Raised to the lowest that can be set where the daemon may not lower it (CAP_SYS_RESOURCE is missing): the
-/// container then is a likelier victim than asked for, which beats not starting it.
+/// 0 where nothing is asked for, as the daemon and its shims may be protected and must not pass that on. Raised
+/// to the lowest that can be set where the daemon may not lower it (CAP_SYS_RESOURCE is missing): the container
+/// then is a likelier victim than asked for, which beats not starting it.
 pub(crate) fn oom_score_adj(container: &ContainerConfig, host: &HostFeatures) -> Result<Option<i32>> {
-    let Some(resources) = container
-        .linux
-        .as_ref()
-        .and_then(|linux| linux.resources.as_ref())
-    else {
-        return Ok(None);
-    };
-    match i32::try_from(resources.oom_score_adj) {
-        Ok(wanted) if (-1000..=1000).contains(&wanted) => Ok(Some(
-            host.min_oom_score_adj.map_or(wanted, |lowest| wanted.max(lowest)),
-        )),
+    let linux = container.linux.as_ref();
+    let resources = linux.and_then(|linux| linux.resources.as_ref());
+    match i32::try_from(resources.map_or(0, |resources| resources.oom_score_adj)) {
+        Ok(wanted) if (-1000..=1000).contains(&wanted) => Ok(Some(host.settable_oom_score_adj(wanted))),
         _ => Err(SpecError::invalid(
             "linux.resources.oom_score_adj",
             "not between -1000 and 1000",
@@ -410,6 +404,6 @@ mod tests {
         assert_eq!(of(-997, Some(0)), Ok(Some(0)));
         assert_eq!(of(500, Some(0)), Ok(Some(500)));
         assert!(of(1001, None).is_err() && of(i64::MIN, None).is_err());
-        assert_eq!(oom_score_adj(&ContainerConfig::default(), &v1()), Ok(None));
+        assert_eq!(oom_score_adj(&ContainerConfig::default(), &v1()), Ok(Some(0)));
     }
 }
