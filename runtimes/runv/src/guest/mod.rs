@@ -186,6 +186,27 @@ fn initramfs(agent: &[u8], modules: &[Module]) -> Vec<u8> {
     archive.finish()
 }
 
+/// A release that is being written, beside its place.
+const FRESH: &str = ".new-";
+/// The link to the default release, before it has its name.
+const FRESH_LINK: &str = ".default-new";
+
+/// Removes what builds left that were killed. The caller has the output directory's lock, so none is at work.
+fn sweep(output: &Path) -> Result<(), BuildError> {
+    for entry in std::fs::read_dir(output).map_err(io("list", output))? {
+        let entry = entry.map_err(io("list", output))?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        let path = entry.path();
+        if name.starts_with(FRESH) {
+            std::fs::remove_dir_all(&path).map_err(io("remove", &path))?;
+        } else if name.starts_with(".default-") {
+            std::fs::remove_file(&path).map_err(io("remove", &path))?;
+        }
+    }
+    Ok(())
+}
+
 /// Writes the release's directory beside its place and swaps it in.
 fn publish(
     output: &Path,
@@ -195,8 +216,12 @@ fn publish(
     keep_default: bool,
 ) -> Result<PathBuf, BuildError> {
     let release = output.join(&manifest.kernel_release);
+    // One build publishes at a time, another waits.
+    let lock = std::fs::File::open(output).map_err(io("open", output))?;
+    lock.lock().map_err(io("lock", output))?;
+    sweep(output)?;
     let fresh = tempfile::Builder::new()
-        .prefix(".new-")
+        .prefix(FRESH)
         .tempdir_in(output)
         .map_err(io("make a directory in", output))?;
     let text = serde_json::to_vec_pretty(manifest).expect("a manifest of strings is always JSON");
@@ -227,19 +252,18 @@ fn publish(
         )
         .map_err(|errno| io("replace", &release)(errno.into()))?;
     } else {
-        std::fs::rename(fresh.keep(), &release).map_err(io("rename to", &release))?;
+        std::fs::rename(fresh.path(), &release).map_err(io("rename to", &release))?;
+        // It has another name by now.
+        let _ = fresh.keep();
     }
     let link = output.join(DEFAULT_LINK);
     if !keep_default || !link.exists() {
-        let fresh = output.join(format!(".default-{}", std::process::id()));
-        let _ = std::fs::remove_file(&fresh);
+        let fresh = output.join(FRESH_LINK);
         std::os::unix::fs::symlink(&manifest.kernel_release, &fresh)
             .and_then(|()| std::fs::rename(&fresh, &link))
             .map_err(io("link", &link))?;
     }
-    std::fs::File::open(output)
-        .and_then(|directory| directory.sync_all())
-        .map_err(io("sync", output))?;
+    lock.sync_all().map_err(io("sync", output))?;
     Ok(release)
 }
 
@@ -331,6 +355,10 @@ mod tests {
     #[test]
     fn releases_coexist_and_are_replaced_whole() {
         let output = tempfile::tempdir().unwrap();
+        // As builds leave them that are killed.
+        std::fs::create_dir(output.path().join(".new-Ab1")).unwrap();
+        std::fs::write(output.path().join(".new-Ab1/vmlinux"), "half").unwrap();
+        std::os::unix::fs::symlink("6.1", output.path().join(".default-77")).unwrap();
         publish(output.path(), &image("6.1"), b"old", b"i", false).unwrap();
         publish(output.path(), &image("6.12"), b"k", b"i", true).unwrap();
         let release = publish(output.path(), &image("6.1"), b"new", b"i", true).unwrap();

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::sync::OnceLock;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use catamaran_runv::guest;
@@ -84,19 +84,23 @@ pub(crate) fn missing() -> Option<&'static str> {
     None
 }
 
-/// Builds the guest of `kernel` once in this process.
+/// Builds the guest of `kernel` once in this process, where the run before has built it.
 pub(crate) fn guest_of(kernel: &Path) -> PathBuf {
-    static OUTPUT: OnceLock<PathBuf> = OnceLock::new();
-    static BUILDING: std::sync::Mutex<()> = std::sync::Mutex::new(());
-    let output = OUTPUT.get_or_init(|| tempfile::tempdir().unwrap().keep());
-    let _one = BUILDING.lock().unwrap();
+    static BUILT: Mutex<BTreeMap<PathBuf, PathBuf>> = Mutex::new(BTreeMap::new());
+    let mut built = BUILT.lock().unwrap();
+    if let Some(release) = built.get(kernel) {
+        return release.clone();
+    }
     let options = guest::Options {
         kernel: Some(kernel.to_owned()),
         agent: agent(),
-        output: Some(output.clone()),
+        output: Some(Path::new(env!("CARGO_TARGET_TMPDIR")).join("vm-pod-guest")),
         ..Default::default()
     };
-    guest::build(&options).unwrap_or_else(|error| panic!("{}", catamaran_runv::boot::chain(&error)))
+    let release =
+        guest::build(&options).unwrap_or_else(|error| panic!("{}", catamaran_runv::boot::chain(&error)));
+    built.insert(kernel.to_owned(), release.clone());
+    release
 }
 
 /// One pod's node.
