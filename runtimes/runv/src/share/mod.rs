@@ -1,9 +1,15 @@
-//! What of the host a pod's guest sees: one directory per pod, `<sandbox bundle>/share`, served by virtiofsd. Each
-//! container has `share/<id>/rootfs`, where its root file system is mounted here on the host, and
-//! `share/<id>/mounts/<n>`, its volumes. The directory is a mount with shared propagation, so that what is mounted
-//! below it later reaches virtiofsd, which has a mount namespace of its own. Everything is in place before the
-//! guest looks it up, since a directory that it has seen stays as it was for about a second.
+//! What of the host a pod's guest sees. In `<sandbox bundle>/share/tree` each container has `<id>/rootfs`, where its
+//! root file system is mounted here on the host, and `<id>/mounts/<n>`, its volumes. The tree is a mount with shared
+//! propagation, so that what is mounted in it later reaches virtiofsd, which has a mount namespace of its own.
+//! Everything is in place before the guest looks it up, since a directory that it has seen stays as it was for about
+//! a second.
+//!
+//! The guest is not trusted, and it may mount the whole that virtiofsd serves. That is `<sandbox bundle>/share/view`,
+//! which is the tree once more, read-only but for what is mounted in it: so nothing of the guest's lies in the
+//! directories that the host resolves, or fills the node's state directory. What the host does below a root file
+//! system or volume, which the guest can write, it does by descriptors.
 
+mod beneath;
 pub mod mounts;
 pub mod oci;
 mod virtiofsd;
@@ -14,6 +20,7 @@ use std::path::{Path, PathBuf};
 
 use catamaran_sandbox::shim_server::backend::RootfsMount;
 use nix::mount::{MsFlags, mount};
+use nix::sys::stat::SFlag;
 
 pub use virtiofsd::Virtiofsd;
 
@@ -23,6 +30,10 @@ pub const TAG: &str = "catamaran";
 pub const GUEST_DIRECTORY: &str = "/run/catamaran/share";
 /// Directory in the sandbox bundle.
 pub const DIRECTORY: &str = "share";
+/// What the host mounts into.
+const TREE: &str = "tree";
+/// What virtiofsd serves.
+const VIEW: &str = "view";
 
 /// A step of showing the host's files to the guest that failed.
 #[derive(Debug, thiserror::Error)]
@@ -67,30 +78,45 @@ pub struct Share {
 }
 
 impl Share {
-    /// Makes the directory a mount with shared propagation; fine when it is one already.
+    /// Makes the tree a mount with shared propagation, and its view; fine when they are there already.
     ///
     /// # Errors
     /// [`ShareError`].
     pub fn create(bundle: &Path) -> Result<Self, ShareError> {
-        let directory = bundle.join(DIRECTORY);
-        make_directory(&directory)?;
-        if mounts::below(&directory)
-            .first()
-            .is_none_or(|first| *first != directory)
-        {
-            let failed = mount_failed(&directory.to_string_lossy(), &directory);
-            let none: Option<&str> = None;
-            mount(Some(&directory), &directory, none, MsFlags::MS_BIND, none)
-                .and_then(|()| mount(none, &directory, none, MsFlags::MS_SHARED, none))
-                .map_err(|errno| failed(errno.into()))?;
+        let share = bundle.join(DIRECTORY);
+        let (tree, view) = (share.join(TREE), share.join(VIEW));
+        for directory in [&tree, &view] {
+            std::fs::create_dir_all(directory).map_err(file_failed("make", directory))?;
         }
-        Ok(Self { directory })
+        let mounted = mounts::below(&share);
+        if !mounted.contains(&tree) {
+            let none: Option<&str> = None;
+            mount(Some(&tree), &tree, none, MsFlags::MS_BIND, none)
+                .and_then(|()| mount(none, &tree, none, MsFlags::MS_SHARED, none))
+                .map_err(|errno| mount_failed(&tree.to_string_lossy(), &tree)(errno.into()))?;
+        }
+        if !mounted.contains(&view) {
+            beneath::open_directory(&view)
+                .and_then(|target| mounts::read_only_view(&tree, &target))
+                .map_err(mount_failed(&tree.to_string_lossy(), &view))?;
+        }
+        Ok(Self { directory: tree })
     }
 
-    /// The directory on the host.
+    /// The tree on the host.
     #[must_use]
     pub fn directory(&self) -> &Path {
         &self.directory
+    }
+
+    /// What virtiofsd serves of it.
+    #[must_use]
+    pub fn view(&self) -> PathBuf {
+        self.directory.with_file_name(VIEW)
+    }
+
+    fn open(&self) -> Result<OwnedFd, ShareError> {
+        beneath::open_directory(&self.directory).map_err(file_failed("open", &self.directory))
     }
 
     /// Mounts a container's root file system and returns its path in the guest.
@@ -98,25 +124,27 @@ impl Share {
     /// # Errors
     /// [`ShareError`]; what was mounted is for [`Self::remove_container`].
     pub fn mount_rootfs(&self, container: &str, rootfs: &[RootfsMount]) -> Result<String, ShareError> {
-        let root = self.directory.join(container).join("rootfs");
-        make_directory(&root)?;
+        let tree = self.open()?;
+        let root = Path::new(container).join("rootfs");
+        let path = self.directory.join(&root);
+        beneath::make_directories(&tree, &root).map_err(file_failed("make", &path))?;
         for mount in rootfs {
-            let target = match mount.target.trim_start_matches('/') {
-                "" => root.clone(),
-                path if Path::new(path)
-                    .components()
-                    .all(|part| matches!(part, std::path::Component::Normal(_))) =>
-                {
-                    root.join(path)
-                }
-                path => {
-                    return Err(ShareError::Refused(format!(
-                        "root file system mount target {path:?} leaves it"
-                    )));
-                }
-            };
-            mounts::mount_options(&mount.fs_type, &mount.source, &target, &mount.options)
-                .map_err(mount_failed(&mount.source, &target))?;
+            let below = Path::new(mount.target.trim_start_matches('/'));
+            if below
+                .components()
+                .any(|part| !matches!(part, std::path::Component::Normal(_)))
+            {
+                return Err(ShareError::Refused(format!(
+                    "root file system mount target {:?} leaves it",
+                    mount.target
+                )));
+            }
+            // Opened anew each time: what was mounted there before is part of the way.
+            beneath::open(&tree, &root.join(below))
+                .and_then(|target| {
+                    mounts::mount_options(&mount.fs_type, &mount.source, &target, &mount.options)
+                })
+                .map_err(mount_failed(&mount.source, &path.join(below)))?;
         }
         Ok(format!("{GUEST_DIRECTORY}/{container}/rootfs"))
     }
@@ -133,32 +161,28 @@ impl Share {
         source: &Path,
         binding: &oci::Binding,
     ) -> Result<String, ShareError> {
-        let parent = self.directory.join(container).join("mounts");
-        make_directory(&parent)?;
-        let target = parent.join(number.to_string());
-        let kind = std::fs::metadata(source)
-            .map_err(|error| ShareError::File {
-                action: "find",
-                path: source.to_owned(),
-                source: error,
-            })?
-            .file_type();
-        if kind.is_dir() {
-            make_directory(&target)?;
-        } else if kind.is_file() {
-            std::fs::File::create(&target).map_err(|error| ShareError::File {
-                action: "make",
-                path: target.clone(),
-                source: error,
-            })?;
-        } else {
-            return Err(ShareError::Refused(format!(
-                "mount source {} is no file or directory: sockets, pipes and devices of the host cannot be \
-                 given to a VM",
-                source.display()
-            )));
-        }
-        mounts::bind(source, &target, binding).map_err(mount_failed(&source.to_string_lossy(), &target))?;
+        let copy = mounts::copy(source, binding).map_err(file_failed("open", source))?;
+        // Of the copy, so that what is looked at is what is mounted.
+        let kind = nix::sys::stat::fstat(&copy)
+            .map(|stat| SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT)
+            .map_err(|errno| file_failed("open", source)(errno.into()))?;
+        let parent = Path::new(container).join("mounts");
+        let path = self.directory.join(&parent).join(number.to_string());
+        let made = file_failed("make", &path);
+        let parent = beneath::make_directories(self.open()?, &parent).map_err(file_failed("make", &path))?;
+        let name = number.to_string();
+        let target = match kind {
+            SFlag::S_IFDIR => beneath::make_directories(&parent, Path::new(&name)).map_err(made)?,
+            SFlag::S_IFREG => beneath::make_file(&parent, Path::new(&name)).map_err(made)?,
+            _ => {
+                return Err(ShareError::Refused(format!(
+                    "mount source {} is no file or directory: sockets, pipes and devices of the host cannot be \
+                     given to a VM",
+                    source.display()
+                )));
+            }
+        };
+        mounts::attach(&copy, &target).map_err(mount_failed(&source.to_string_lossy(), &path))?;
         Ok(format!("{GUEST_DIRECTORY}/{container}/mounts/{number}"))
     }
 
@@ -179,67 +203,16 @@ impl Share {
     }
 }
 
-/// Unmounts all below, and then removes what is left: empty directories and files that were mount points. It
-/// never removes recursively: a mount that is still there would lose its files.
+/// Unmounts all below, and then removes what is left, never by way of a mount: one that is still there would lose
+/// its files.
 fn remove_tree(directory: &Path) -> Result<(), ShareError> {
-    let failed = |action: &'static str, path: &Path| {
-        let path = path.to_owned();
-        move |source| ShareError::File { action, path, source }
-    };
-    mounts::unmount_below(directory).map_err(failed("unmount", directory))?;
-    let metadata = match std::fs::symlink_metadata(directory) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        other => other.map_err(failed("find", directory))?,
-    };
-    if metadata.is_dir() {
-        remove_mount_points(directory, 0).map_err(failed("remove", directory))
-    } else {
-        std::fs::remove_file(directory).map_err(failed("remove", directory))
-    }
+    mounts::unmount_below(directory).map_err(file_failed("unmount", directory))?;
+    beneath::remove(directory).map_err(file_failed("remove", directory))
 }
 
-/// Levels of the directory's own layout: share, container, mounts, number.
-const DEPTH: usize = 4;
-
-/// Two clean-ups may run beside each other, the one after the shim's death and the one of StopPodSandbox: what
-/// the other has removed is removed.
-fn remove_mount_points(directory: &Path, depth: usize) -> io::Result<()> {
-    let Some(entries) = unless_gone(std::fs::read_dir(directory))? else {
-        return Ok(());
-    };
-    for entry in entries {
-        let entry = entry?;
-        let path = entry.path();
-        let Some(metadata) = unless_gone(std::fs::symlink_metadata(&path))? else {
-            continue;
-        };
-        if metadata.is_dir() {
-            if depth >= DEPTH {
-                return Err(io::Error::other(format!("{} is not ours", path.display())));
-            }
-            remove_mount_points(&path, depth + 1)?;
-        } else if metadata.len() == 0 {
-            unless_gone(std::fs::remove_file(&path))?;
-        } else {
-            return Err(io::Error::other(format!("{} is not empty", path.display())));
-        }
-    }
-    unless_gone(std::fs::remove_dir(directory)).map(|_| ())
-}
-
-fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
-    match result {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        other => other.map(Some),
-    }
-}
-
-fn make_directory(path: &Path) -> Result<(), ShareError> {
-    std::fs::create_dir_all(path).map_err(|source| ShareError::File {
-        action: "make",
-        path: path.to_owned(),
-        source,
-    })
+fn file_failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ShareError + use<> {
+    let path = path.to_owned();
+    move |source| ShareError::File { action, path, source }
 }
 
 fn mount_failed(source_path: &str, target: &Path) -> impl FnOnce(io::Error) -> ShareError + use<> {
@@ -251,7 +224,7 @@ fn mount_failed(source_path: &str, target: &Path) -> impl FnOnce(io::Error) -> S
     }
 }
 
-/// A connected socket to a new virtiofsd that serves the share.
+/// A connected socket to a new virtiofsd that serves the share's view.
 ///
 /// # Errors
 /// [`ShareError::Daemon`].
@@ -260,7 +233,7 @@ pub async fn serve(
     program: &Path,
     cgroup: &crate::cgroup::Cgroup,
 ) -> Result<(Virtiofsd, OwnedFd), ShareError> {
-    virtiofsd::start(program, share.directory(), cgroup)
+    virtiofsd::start(program, &share.view(), cgroup)
         .await
         .map_err(|source| ShareError::Daemon {
             program: program.to_owned(),

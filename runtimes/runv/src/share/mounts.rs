@@ -1,9 +1,9 @@
 //! Mounting on the host: fstab-style options, recursive binds with read-only and propagation, and unmounting all
-//! below a directory.
+//! below a directory. Where something is mounted is told by a descriptor, which nobody can turn elsewhere.
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -47,44 +47,50 @@ fn split_options(options: &[String]) -> (MsFlags, String) {
 ///
 /// # Errors
 /// The kernel's.
-pub fn mount_options(fs_type: &str, source: &str, target: &Path, options: &[String]) -> io::Result<()> {
+pub fn mount_options(fs_type: &str, source: &str, target: &OwnedFd, options: &[String]) -> io::Result<()> {
     let (mut flags, data) = split_options(options);
     if fs_type == "bind" || fs_type == "rbind" {
         flags |= MsFlags::MS_BIND;
     }
-    let none: Option<&str> = None;
     if flags.contains(MsFlags::MS_BIND) {
-        mount(
-            Some(source),
-            target,
-            none,
-            flags & (MsFlags::MS_BIND | MsFlags::MS_REC),
-            none,
-        )?;
-        let restrictions = flags & !(MsFlags::MS_BIND | MsFlags::MS_REC);
-        if !restrictions.is_empty() {
-            mount(
-                none,
-                target,
-                none,
-                restrictions | MsFlags::MS_BIND | MsFlags::MS_REMOUNT,
-                none,
-            )?;
-        }
-        return Ok(());
+        let tree = clone_tree(Path::new(source), flags.contains(MsFlags::MS_REC))?;
+        set_attributes(&tree, false, restrictions(flags), 0)?;
+        return attach(&tree, target);
     }
-    mount(Some(source), target, Some(fs_type), flags, Some(data.as_str()))?;
+    let place = format!("/proc/self/fd/{}", target.as_raw_fd());
+    mount(
+        Some(source),
+        place.as_str(),
+        Some(fs_type),
+        flags,
+        Some(data.as_str()),
+    )?;
     Ok(())
 }
 
-/// Binds `source` to `target`.
+/// Flags of a bind mount, as mount_setattr(2) has them.
+fn restrictions(flags: MsFlags) -> u64 {
+    [
+        (MsFlags::MS_RDONLY, libc::MOUNT_ATTR_RDONLY),
+        (MsFlags::MS_NOSUID, libc::MOUNT_ATTR_NOSUID),
+        (MsFlags::MS_NODEV, libc::MOUNT_ATTR_NODEV),
+        (MsFlags::MS_NOEXEC, libc::MOUNT_ATTR_NOEXEC),
+        (MsFlags::MS_NOATIME, libc::MOUNT_ATTR_NOATIME),
+        (MsFlags::MS_STRICTATIME, libc::MOUNT_ATTR_STRICTATIME),
+    ]
+    .iter()
+    .filter(|(flag, _)| flags.contains(*flag))
+    .fold(0, |all, (_, attribute)| all | attribute)
+}
+
+/// A detached copy of the mount at `source` for [`attach`], as a container's volume has to be.
 ///
 /// The mount is made apart from the tree and gets its propagation before it is attached. Attached first, its copy
 /// in virtiofsd's namespace would stay a slave of the host's mount whatever is set later.
 ///
 /// # Errors
 /// The kernel's; mount_setattr(2) needs Linux 5.12.
-pub fn bind(source: &Path, target: &Path, binding: &Binding) -> io::Result<()> {
+pub fn copy(source: &Path, binding: &Binding) -> io::Result<OwnedFd> {
     let tree = clone_tree(source, binding.recursive)?;
     // Nothing that the guest or virtiofsd does may travel to the host; what the host mounts later travels to the
     // guest only where the container asked for that.
@@ -98,7 +104,19 @@ pub fn bind(source: &Path, target: &Path, binding: &Binding) -> io::Result<()> {
         // As an OCI runtime has it: the mount itself, not what is mounted below it.
         set_attributes(&tree, false, libc::MOUNT_ATTR_RDONLY, 0)?;
     }
-    attach_tree(&tree, target)
+    Ok(tree)
+}
+
+/// Mounts a second view of `tree`, a mount with shared propagation, at `target`: what is mounted in the tree appears
+/// there as it is, and the tree itself is read-only.
+///
+/// # Errors
+/// The kernel's.
+pub fn read_only_view(tree: &Path, target: &OwnedFd) -> io::Result<()> {
+    let view = clone_tree(tree, true)?;
+    set_attributes(&view, true, 0, libc::MS_SLAVE)?;
+    set_attributes(&view, false, libc::MOUNT_ATTR_RDONLY, 0)?;
+    attach(&view, target)
 }
 
 /// open_tree(2) with a detached copy.
@@ -121,7 +139,12 @@ fn clone_tree(source: &Path, recursive: bool) -> io::Result<OwnedFd> {
 fn set_attributes(tree: &OwnedFd, recursive: bool, set: u64, propagation: libc::c_ulong) -> io::Result<()> {
     let attributes = libc::mount_attr {
         attr_set: set,
-        attr_clr: 0,
+        // The kinds of access times are one field: it is cleared to be set.
+        attr_clr: if set & libc::MOUNT_ATTR__ATIME == 0 {
+            0
+        } else {
+            libc::MOUNT_ATTR__ATIME
+        },
         propagation,
         userns_fd: 0,
     };
@@ -145,17 +168,19 @@ fn set_attributes(tree: &OwnedFd, recursive: bool, set: u64, propagation: libc::
 }
 
 /// move_mount(2) from the detached copy.
-fn attach_tree(tree: &OwnedFd, target: &Path) -> io::Result<()> {
-    let path = c_path(target)?;
-    // SAFETY: both paths are C strings that live until the call returns.
+///
+/// # Errors
+/// The kernel's.
+pub fn attach(tree: &OwnedFd, target: impl AsFd) -> io::Result<()> {
+    // SAFETY: both paths are empty C strings that live until the call returns, the descriptors are open.
     let result = unsafe {
         libc::syscall(
             libc::SYS_move_mount,
             tree.as_raw_fd(),
             c"".as_ptr(),
-            libc::AT_FDCWD,
-            path.as_ptr(),
-            libc::MOVE_MOUNT_F_EMPTY_PATH,
+            target.as_fd().as_raw_fd(),
+            c"".as_ptr(),
+            libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_T_EMPTY_PATH,
         )
     };
     if result < 0 {
@@ -169,7 +194,7 @@ fn c_path(path: &Path) -> io::Result<CString> {
     Ok(CString::new(path.as_os_str().as_bytes())?)
 }
 
-/// Mount points at or below `directory`, outermost first.
+/// Mount points at or below `directory`.
 #[must_use]
 pub fn below(directory: &Path) -> Vec<PathBuf> {
     let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
@@ -209,7 +234,8 @@ fn unescape(field: &str) -> std::ffi::OsString {
     std::os::unix::ffi::OsStringExt::from_vec(bytes)
 }
 
-/// Unmounts everything at or below `directory`, innermost first; detaches what is busy.
+/// Detaches everything at or below `directory`: the outermost mounts, with what is mounted in them. A path that leads
+/// through a mount is never resolved, since the guest may have turned its directories elsewhere.
 ///
 /// # Errors
 /// The last of the kernel's errors, after all were tried.
@@ -222,7 +248,7 @@ pub fn unmount_below(directory: &Path) -> io::Result<()> {
             return Ok(());
         }
         last = Ok(());
-        for point in points.iter().rev() {
+        for point in outermost(&points) {
             match umount2(point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
                 // Gone with its parent.
                 Ok(()) | Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => {}
@@ -231,6 +257,13 @@ pub fn unmount_below(directory: &Path) -> io::Result<()> {
         }
     }
     last
+}
+
+fn outermost(points: &[PathBuf]) -> impl Iterator<Item = &PathBuf> {
+    let within = |point: &PathBuf, other: &PathBuf| point != other && point.starts_with(other);
+    points
+        .iter()
+        .filter(move |point| !points.iter().any(|other| within(point, other)))
 }
 
 #[cfg(test)]
@@ -254,6 +287,19 @@ mod tests {
             mount_points(text).collect::<Vec<_>>(),
             [PathBuf::from("/with space\\x")]
         );
+    }
+
+    #[test]
+    fn nothing_within_a_mount_is_unmounted_by_its_path() {
+        let points = [
+            "/s/c/rootfs/a/b",
+            "/s/c/rootfs",
+            "/s/c/mounts/1",
+            "/s/c/mounts/10",
+        ]
+        .map(PathBuf::from);
+        let found: Vec<_> = outermost(&points).map(|point| point.to_str().unwrap()).collect();
+        assert_eq!(found, ["/s/c/rootfs", "/s/c/mounts/1", "/s/c/mounts/10"]);
     }
 
     proptest! {

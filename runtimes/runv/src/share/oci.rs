@@ -39,11 +39,40 @@ pub fn rewrite(spec: &mut Value, share: &Share, container: &str, guest_root: &st
     let root = spec.get_mut("root").and_then(Value::as_object_mut);
     let root = root.ok_or_else(|| ShareError::Refused("config.json has no root".to_owned()))?;
     root.insert("path".to_owned(), Value::String(guest_root.to_owned()));
+    if let Some(resources) = spec.pointer_mut("/linux/resources") {
+        drop_cpusets(container, resources);
+    }
     for bind in binds(spec)? {
         let guest = share.bind(container, bind.index, &bind.source, &bind.binding)?;
         spec["mounts"][bind.index]["source"] = Value::String(guest);
     }
     Ok(())
+}
+
+/// Takes the host's CPUs and memory nodes out of OCI LinuxResources: the guest numbers its own from 0 and has fewer.
+pub fn drop_cpusets(container: &str, resources: &mut Value) {
+    let mut dropped = Vec::new();
+    for (part, named) in [("cpu", &["cpus", "mems"][..]), ("unified", &[])] {
+        let Some(fields) = resources.get_mut(part).and_then(Value::as_object_mut) else {
+            continue;
+        };
+        fields.retain(|name, value| {
+            let of_host = named.contains(&name.as_str()) || name.starts_with("cpuset.");
+            let set = value.as_str().is_some_and(|value| !value.is_empty());
+            if of_host && set {
+                dropped.push(format!("{part}.{name} {value}"));
+            }
+            !of_host
+        });
+    }
+    if !dropped.is_empty() {
+        let dropped = dropped.join(", ");
+        tracing::info!(
+            container,
+            dropped,
+            "the host's CPUs and memory nodes mean nothing in a VM: its virtual CPUs run on any CPU of the node"
+        );
+    }
 }
 
 /// Hooks are programs of the host: in the guest they would not exist, and on the host they would see no container.
@@ -171,6 +200,53 @@ mod tests {
         assert!(refuse_hooks(&hooked).is_err());
         hooked["hooks"] = json!({ "prestart": [] });
         assert!(refuse_hooks(&hooked).is_ok());
+    }
+
+    #[test]
+    fn cpusets_of_the_host_stay_on_the_host() {
+        let mut resources = json!({
+            "cpu": { "cpus": "1,3", "mems": "1", "shares": 512 },
+            "unified": { "cpuset.cpus": "1", "memory.high": "1000" },
+        });
+        drop_cpusets("c1", &mut resources);
+        assert_eq!(
+            resources,
+            json!({ "cpu": { "shares": 512 }, "unified": { "memory.high": "1000" } })
+        );
+        drop_cpusets("c1", &mut Value::Null);
+    }
+
+    #[test]
+    fn the_view_is_read_only_but_for_what_is_mounted_there() {
+        if !nix::unistd::geteuid().is_root() {
+            println!("skipped: the_view_is_read_only_but_for_what_is_mounted_there: needs root");
+            return;
+        }
+        let bundle = tempfile::tempdir().unwrap();
+        let data = tempfile::tempdir().unwrap();
+        let share = Share::create(bundle.path()).unwrap();
+        let root = [catamaran_sandbox::shim_server::backend::RootfsMount {
+            fs_type: "bind".into(),
+            source: data.path().display().to_string(),
+            target: String::new(),
+            options: vec!["rbind".into(), "nosuid".into()],
+        }];
+        share.mount_rootfs("c1", &root).unwrap();
+        let view = share.view();
+        std::fs::write(view.join("c1/rootfs/written"), "x").unwrap();
+        assert!(data.path().join("written").exists());
+        for path in ["foreign", "c1/foreign", "c1/rootfs/../foreign"] {
+            let error = std::fs::write(view.join(path), "x").unwrap_err();
+            assert_eq!(error.kind(), std::io::ErrorKind::ReadOnlyFilesystem, "{path}");
+        }
+        // Also what came there otherwise is no reason to keep the pod.
+        std::fs::write(share.directory().join("c1/foreign"), "x").unwrap();
+        std::fs::write(share.directory().join("foreign"), "x").unwrap();
+        share.remove_container("c1").unwrap();
+        assert!(!share.directory().join("c1").exists() && !view.join("c1").exists());
+        Share::remove(bundle.path()).unwrap();
+        assert!(!bundle.path().join("share").exists());
+        assert!(data.path().join("written").exists());
     }
 
     #[test]
