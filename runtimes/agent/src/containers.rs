@@ -23,6 +23,7 @@ use crate::cgroup::{self, Version};
 use crate::device_filter;
 use crate::error::{Context, Error, Result};
 use crate::process::{Ended, Process, Stdio};
+use crate::process_tree;
 use crate::reaper::{self, ExitWatch, Reaper};
 use crate::runtime::parent::{self, Console, Started};
 use crate::runtime::{self, Request};
@@ -40,6 +41,17 @@ struct Container {
     first: Arc<Process>,
     started: Mutex<bool>,
     execs: Mutex<HashMap<String, Slot<Process>>>,
+}
+
+/// Whom a signal reaches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reach {
+    /// The process.
+    Process,
+    /// The process and what it started, of the container's.
+    Tree,
+    /// Every process of the container.
+    Container,
 }
 
 enum Slot<T> {
@@ -261,21 +273,32 @@ impl Containers {
         }
     }
 
-    /// Sends a signal to a process, or to all of a container.
-    pub(crate) fn signal(&self, id: &str, exec_id: &str, signal: u32, all: bool) -> Result<()> {
+    /// Sends a signal as far as `reach` says.
+    pub(crate) fn signal(&self, id: &str, exec_id: &str, signal: u32, reach: Reach) -> Result<()> {
         let number = i32::try_from(signal)
             .ok()
             .filter(|number| (1..=64).contains(number))
             .ok_or_else(|| Error::Invalid(format!("signal {signal} is none of 1 to 64")))?;
         let process = self.find(id, exec_id)?;
-        if all {
-            cgroup::signal_all(self.version, &cgroup::container_path(id), number);
+        let path = cgroup::container_path(id);
+        if reach == Reach::Tree && number != libc::SIGKILL {
+            return Err(Error::Invalid(format!(
+                "tree: only SIGKILL is sent to a process with all that it started, not {number}"
+            )));
+        }
+        // The container's first process started everything in it, but for the execs, which go with it.
+        if reach == Reach::Container || (reach == Reach::Tree && exec_id.is_empty()) {
+            cgroup::signal_all(self.version, &path, number);
             return Ok(());
         }
         if process.state().is_some() {
             return Err(Error::NotFound(format!(
                 "a running process {exec_id:?} of container {id}"
             )));
+        }
+        if reach == Reach::Tree {
+            process_tree::kill(process.pid, || cgroup::pids(self.version, &path));
+            return Ok(());
         }
         // SAFETY: kill has no memory effects; the process is our child and not reaped yet, so the pid is its.
         let result = unsafe { libc::kill(process.pid, number) };
@@ -301,7 +324,7 @@ impl Containers {
             if *lock(&container.started) {
                 return Err(Error::State(format!("container {id} is still running")));
             }
-            self.signal(id, "", libc::SIGKILL.cast_unsigned(), false)?;
+            self.signal(id, "", libc::SIGKILL.cast_unsigned(), Reach::Process)?;
             process.wait().await?;
         }
         let (this, id) = (Arc::clone(self), id.to_owned());
@@ -451,7 +474,7 @@ mod tests {
         let containers = containers();
         let not_found = |result: Result<()>| matches!(result, Err(Error::NotFound(_)));
         assert!(not_found(containers.start("x").await));
-        assert!(not_found(containers.signal("x", "", 9, false)));
+        assert!(not_found(containers.signal("x", "", 9, Reach::Process)));
         assert!(not_found(containers.delete("x", "").await));
         assert!(not_found(containers.find("x", "y").map(drop)));
         assert!(not_found(containers.update("x", b"{}")));
@@ -473,7 +496,7 @@ mod tests {
     fn a_signal_is_1_to_64() {
         for signal in [0, 65, u32::MAX] {
             assert!(matches!(
-                containers().signal("x", "", signal, true),
+                containers().signal("x", "", signal, Reach::Container),
                 Err(Error::Invalid(_))
             ));
         }

@@ -22,6 +22,7 @@ mod network;
 mod pause;
 mod port_forward;
 mod process;
+mod process_tree;
 mod reaper;
 mod runtime;
 mod sandbox;

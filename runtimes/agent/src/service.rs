@@ -16,7 +16,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::boot::Guest;
-use crate::containers::Containers;
+use crate::containers::{Containers, Reach};
 use crate::error::{Context, Error};
 use crate::{cgroup_stats, console, guest_clock, mounts, network, port_forward, process};
 
@@ -112,12 +112,13 @@ impl Agent for Service {
 
     async fn signal(&self, request: Request<SignalRequest>) -> Answer<Empty> {
         let request = request.get_ref();
-        self.containers.signal(
-            &request.container_id,
-            &request.exec_id,
-            request.signal,
-            request.all,
-        )?;
+        let reach = match (request.all, request.tree) {
+            (true, _) => Reach::Container,
+            (false, true) => Reach::Tree,
+            (false, false) => Reach::Process,
+        };
+        self.containers
+            .signal(&request.container_id, &request.exec_id, request.signal, reach)?;
         empty()
     }
 

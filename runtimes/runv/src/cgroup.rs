@@ -2,7 +2,9 @@
 //! cgroup v2 and on the v1 controllers that matter for it.
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -89,6 +91,21 @@ impl Cgroup {
             .map(|directory| directory.join("cgroup.procs"))
     }
 
+    /// `cgroup.procs` of every hierarchy, open for [`join`].
+    ///
+    /// # Errors
+    /// Any error of the cgroup file system.
+    pub fn open_procs(&self) -> io::Result<Vec<File>> {
+        let open = |directory: &PathBuf| {
+            let path = directory.join("cgroup.procs");
+            File::options()
+                .write(true)
+                .open(&path)
+                .map_err(|error| named(error, &path))
+        };
+        self.directories.iter().map(open).collect()
+    }
+
     /// Moves a process into the hierarchies that it did not join itself.
     ///
     /// # Errors
@@ -146,6 +163,21 @@ impl Cgroup {
             }
         }
     }
+}
+
+/// Moves the calling process into the cgroup that `procs` was opened of; for use between fork and exec, so that what
+/// the process forks cannot stay outside.
+///
+/// # Errors
+/// The kernel's.
+pub fn join(procs: &[File]) -> io::Result<()> {
+    for file in procs {
+        // SAFETY: an open descriptor and one byte.
+        if unsafe { libc::write(file.as_raw_fd(), b"0".as_ptr().cast(), 1) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
 }
 
 fn is_v2() -> bool {

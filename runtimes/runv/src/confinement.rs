@@ -2,14 +2,15 @@
 //! namespace, no privileges to gain, no core dump of guest memory, and death with the shim.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use tokio::process::Command;
 
 use crate::cgroup::Cgroup;
+use crate::oom;
 
 /// First of the user (and group) ids that VMMs run as; [`IDS`] follow. The range must belong to nobody else:
 /// user and group databases, container user namespaces.
@@ -21,51 +22,39 @@ pub const IDS: u32 = 1 << 20;
 #[derive(Debug)]
 pub struct VmUser {
     id: u32,
-    claim: PathBuf,
 }
 
 impl VmUser {
-    /// Claims one for a sandbox by a file below `directory`; claiming again gives the same one.
+    /// Claims one for a sandbox by a file below `directory` with its id; claiming again gives the same one.
     ///
     /// # Errors
     /// Any I/O error, and when the whole range is claimed.
     pub fn claim(directory: &Path, sandbox: &str) -> io::Result<Self> {
         std::fs::create_dir_all(directory)?;
+        let _one = lock(directory)?;
+        if let Some(id) = claimed(directory, sandbox)?.first() {
+            return Ok(Self { id: *id });
+        }
+        // Complete before it has its name: a claim without an owner would be nobody's to release.
+        let fresh = directory.join(FRESH);
+        std::fs::write(&fresh, sandbox)?;
         // Spread by a hash, so that the first try is nearly always free (FNV-1a).
         let hash = sandbox.bytes().fold(0x811c_9dc5_u32, |hash, byte| {
             (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
         });
+        let mut taken = Err(io::Error::other("every user id for VMs is in use"));
         for step in 0..IDS {
             let id = FIRST_ID + (hash.wrapping_add(step)) % IDS;
-            let claim = directory.join(id.to_string());
-            match File::options()
-                .write(true)
-                .create_new(true)
-                .mode(0o600)
-                .open(&claim)
-            {
-                Ok(mut file) => {
-                    file.write_all(sandbox.as_bytes())?;
-                    return Ok(Self { id, claim });
+            match std::fs::hard_link(&fresh, directory.join(id.to_string())) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                linked => {
+                    taken = linked.map(|()| Self { id });
+                    break;
                 }
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                    if std::fs::read_to_string(&claim).is_ok_and(|owner| owner == sandbox) {
-                        return Ok(Self { id, claim });
-                    }
-                }
-                Err(error) => return Err(error),
             }
         }
-        Err(io::Error::other("every user id for VMs is in use"))
-    }
-
-    /// The claim on `id` as [`Self::claim`] made it, after a restart.
-    #[must_use]
-    pub fn claimed(directory: &Path, id: u32) -> Self {
-        Self {
-            id,
-            claim: directory.join(id.to_string()),
-        }
+        std::fs::remove_file(&fresh)?;
+        taken
     }
 
     /// The user and group id.
@@ -74,16 +63,47 @@ impl VmUser {
         self.id
     }
 
-    /// Gives the id back; fine when it was given back already.
+    /// Gives back what a sandbox has claimed; fine when it was given back already.
     ///
     /// # Errors
     /// Any I/O error.
-    pub fn release(&self) -> io::Result<()> {
-        match std::fs::remove_file(&self.claim) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
+    pub fn release(directory: &Path, sandbox: &str) -> io::Result<()> {
+        // Two clean-ups may run beside each other: without the lock the slower one could remove the claim of the
+        // next owner.
+        let _one = match lock(directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            locked => locked?,
+        };
+        for id in claimed(directory, sandbox)? {
+            std::fs::remove_file(directory.join(id.to_string()))?;
+        }
+        Ok(())
+    }
+}
+
+/// A claim that is being made.
+const FRESH: &str = ".new";
+
+/// One claim or release at a time.
+fn lock(directory: &Path) -> io::Result<File> {
+    let file = File::open(directory)?;
+    file.lock()?;
+    Ok(file)
+}
+
+/// What a sandbox has claimed, found by its id in the files: which number it got depends on who was there before.
+fn claimed(directory: &Path, sandbox: &str) -> io::Result<Vec<u32>> {
+    let mut ids = Vec::new();
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        let Some(id) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        if std::fs::read(entry.path())? == sandbox.as_bytes() {
+            ids.push(id);
         }
     }
+    Ok(ids)
 }
 
 /// Where and as whom the VMM's process runs.
@@ -120,6 +140,8 @@ impl Confinement {
         let id = self.id;
         let shim = nix::unistd::getpid();
         let child = move || {
+            // Before the user changes: afterwards the file is root's.
+            oom::reset_own();
             // SAFETY: only system calls with memory that this closure owns; the thread is the child's only one.
             unsafe {
                 if let Some(procs) = &procs {
@@ -175,15 +197,30 @@ mod tests {
     #[test]
     fn users_differ_and_come_back() {
         let directory = tempfile::tempdir().unwrap();
-        let first = VmUser::claim(directory.path(), "a").unwrap();
-        let again = VmUser::claim(directory.path(), "a").unwrap();
-        assert_eq!(first.id(), again.id());
-        // Another sandbox that hashes to the same number gets the next.
-        std::fs::write(directory.path().join(first.id().to_string()), "other").unwrap();
-        let next = VmUser::claim(directory.path(), "a").unwrap();
+        let directory = directory.path();
+        let first = VmUser::claim(directory, "a").unwrap();
+        assert_eq!(VmUser::claim(directory, "a").unwrap().id(), first.id());
+        assert!((FIRST_ID..FIRST_ID + IDS).contains(&first.id()));
+        // Another sandbox has the number that this one hashes to, so it gets the next, and keeps it.
+        let claim = directory.join(first.id().to_string());
+        std::fs::write(&claim, "other").unwrap();
+        let next = VmUser::claim(directory, "a").unwrap();
         assert_ne!(next.id(), first.id());
-        next.release().unwrap();
-        next.release().unwrap();
-        assert!((FIRST_ID..FIRST_ID + IDS).contains(&next.id()));
+        VmUser::release(directory, "other").unwrap();
+        assert!(!claim.exists());
+        assert_eq!(VmUser::claim(directory, "a").unwrap().id(), next.id());
+        VmUser::release(directory, "a").unwrap();
+        VmUser::release(directory, "a").unwrap();
+        assert_eq!(std::fs::read_dir(directory).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_claim_that_was_cut_short_is_nobodys() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join(FRESH), "").unwrap();
+        VmUser::claim(directory.path(), "a").unwrap();
+        VmUser::release(directory.path(), "a").unwrap();
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+        VmUser::release(&directory.path().join("none"), "a").unwrap();
     }
 }

@@ -13,9 +13,9 @@ use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use tonic::Code;
 
 use crate::boot::chain;
-use crate::guest_client::{Agent, limited, refused};
+use crate::guest_client::{Agent, limited, refused, within};
 use crate::process::{Name, Streams, adopt};
-use crate::share::Share;
+use crate::share::{Share, oci};
 use crate::vmm::Vmm;
 
 /// One container of the pod.
@@ -47,7 +47,7 @@ impl ContainerBackend for GuestContainer {
         let request = ContainerRequest {
             container_id: self.id.clone(),
         };
-        let answer = self.agent.clone().start_container(limited(request)).await;
+        let answer = within(self.agent.clone().start_container(limited(request))).await;
         answer
             .map(drop)
             .map_err(|status| refused("start container", &status))
@@ -64,11 +64,8 @@ impl ContainerBackend for GuestContainer {
             process: request.process,
             stdin: request.stdin,
         };
-        let answer = self.agent.clone().exec(limited(message)).await;
-        let pid = answer
-            .map_err(|status| refused("exec", &status))?
-            .into_inner()
-            .pid;
+        let answer = within(self.agent.clone().exec(limited(message))).await;
+        let pid = answer.map_err(|status| refused("exec", &status))?.pid;
         Ok(adopt(
             &self.agent,
             &self.vmm,
@@ -86,13 +83,14 @@ impl ContainerBackend for GuestContainer {
             exec_id: String::new(),
             signal,
             all: true,
+            tree: false,
         };
-        let answer = self.agent.clone().signal(limited(request)).await;
+        let answer = within(self.agent.clone().signal(limited(request))).await;
         answer.map(drop).map_err(|status| refused("signal", &status))
     }
 
     async fn delete(&self) -> Result<(), ShimError> {
-        let answer = self.agent.clone().delete(limited(self.name("").request())).await;
+        let answer = within(self.agent.clone().delete(limited(self.name("").request()))).await;
         match answer {
             Err(status) if status.code() != Code::NotFound && !self.vm_ended().await => {
                 return Err(refused("delete container", &status));
@@ -104,11 +102,14 @@ impl ContainerBackend for GuestContainer {
     }
 
     async fn update(&self, resources: &[u8]) -> Result<(), ShimError> {
+        let mut resources: serde_json::Value = serde_json::from_slice(resources)
+            .map_err(|error| ShimError::InvalidArgument(format!("resources: {error}")))?;
+        oci::drop_cpusets(&self.id, &mut resources);
         let request = UpdateRequest {
             container_id: self.id.clone(),
-            resources: resources.to_vec(),
+            resources: resources.to_string().into_bytes(),
         };
-        let answer = self.agent.clone().update_resources(limited(request)).await;
+        let answer = within(self.agent.clone().update_resources(limited(request))).await;
         answer
             .map(drop)
             .map_err(|status| refused("update resources", &status))
@@ -118,10 +119,8 @@ impl ContainerBackend for GuestContainer {
         let request = StatsRequest {
             container_id: self.id.clone(),
         };
-        let answer = self.agent.clone().stats(limited(request)).await;
-        let stats = answer
-            .map_err(|status| refused("statistics", &status))?
-            .into_inner();
+        let answer = within(self.agent.clone().stats(limited(request))).await;
+        let stats = answer.map_err(|status| refused("statistics", &status))?;
         crate::stats::metrics(&stats)
     }
 

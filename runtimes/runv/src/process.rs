@@ -18,13 +18,15 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
-use crate::guest_client::{Agent, limited, refused};
+use crate::guest_client::{Agent, limited, refused, within};
 use crate::vmm::Vmm;
 
 /// Bytes on their way between the guest and the shim server, for each stream.
 const BUFFER: usize = 64 * 1024;
 /// Exit code of a process whose VM went away under it: 128 + SIGKILL.
 const KILLED: i32 = 137;
+/// A VM whose connection broke is ended within this, see [`crate::life`].
+const VM_END_LIMIT: Duration = Duration::from_secs(5);
 /// After its exit an exec's output has so long to be read before the agent forgets it.
 const OUTPUT_LIMIT: Duration = Duration::from_secs(60);
 
@@ -107,6 +109,9 @@ async fn wait(mut agent: Agent, vmm: Arc<dyn Vmm>, name: Name) -> ExitRecord {
         }
         Err(status) => {
             tracing::warn!(container = name.container, exec = name.exec, %status, "waiting broke off");
+            // Where the connection broke, the process lives until the VM has ended. Where the agent just does not
+            // know the process, there is no more to learn.
+            let _ = tokio::time::timeout(VM_END_LIMIT, vmm.ended()).await;
             killed()
         }
     }
@@ -175,7 +180,7 @@ async fn forget(mut agent: Agent, name: Name, read: tokio::task::JoinHandle<()>)
     }
     // A grandchild may keep the output open for ever.
     let _ = tokio::time::timeout(OUTPUT_LIMIT, read).await;
-    if let Err(status) = agent.delete(limited(name.request())).await {
+    if let Err(status) = within(agent.delete(limited(name.request()))).await {
         tracing::debug!(container = name.container, exec = name.exec, %status, "forgetting");
     }
 }
@@ -186,7 +191,8 @@ struct Control {
 }
 
 impl Control {
-    async fn send(&self, signal: i32) -> Result<(), ShimError> {
+    /// `tree`: with all that the process started.
+    async fn send(&self, signal: i32, tree: bool) -> Result<(), ShimError> {
         let signal = u32::try_from(signal)
             .map_err(|_| ShimError::InvalidArgument(format!("signal {signal} does not exist")))?;
         let request = SignalRequest {
@@ -194,24 +200,21 @@ impl Control {
             exec_id: self.name.exec.clone(),
             signal,
             all: false,
+            tree,
         };
-        self.agent
-            .clone()
-            .signal(limited(request))
-            .await
-            .map_err(|status| refused("signal", &status))?;
-        Ok(())
+        let answer = within(self.agent.clone().signal(limited(request))).await;
+        answer.map(drop).map_err(|status| refused("signal", &status))
     }
 }
 
 #[async_trait]
 impl ProcessControl for Control {
     async fn signal(&self, signal: i32) -> Result<(), ShimError> {
-        self.send(signal).await
+        self.send(signal, false).await
     }
 
     async fn kill_tree(&self) {
-        if let Err(error) = self.send(libc::SIGKILL).await {
+        if let Err(error) = self.send(libc::SIGKILL, true).await {
             tracing::debug!(container = self.name.container, exec = self.name.exec, %error, "killing");
         }
     }
@@ -223,7 +226,7 @@ impl ProcessControl for Control {
             width: width.into(),
             height: height.into(),
         };
-        let answer = self.agent.clone().resize_terminal(limited(request)).await;
+        let answer = within(self.agent.clone().resize_terminal(limited(request))).await;
         answer
             .map(drop)
             .map_err(|status| refused("resize terminal", &status))
@@ -243,10 +246,9 @@ pub(crate) async fn connect(mut agent: Agent, port: u16) -> Result<Box<dyn Duple
     };
     // Just made, with room for two.
     let _ = sender.try_send(first);
-    let answer = agent.port_forward(ReceiverStream::new(receiver)).await;
-    let mut chunks = answer
-        .map_err(|status| refused(&format!("port {port}"), &status))?
-        .into_inner();
+    // The stream itself has no limit, only its beginning.
+    let answer = within(agent.port_forward(ReceiverStream::new(receiver))).await;
+    let mut chunks = answer.map_err(|status| refused(&format!("port {port}"), &status))?;
     let (ours, theirs) = tokio::io::duplex(BUFFER);
     let (mut input, mut output) = tokio::io::split(theirs);
     tokio::spawn(async move {

@@ -112,8 +112,7 @@ pub fn clean_up(bundle: &Path) -> Result<(), CleanupError> {
         Share::remove(bundle).map_err(Into::into),
     );
     if let Some(record) = &record {
-        // Claiming again finds this sandbox's own claim.
-        let released = VmUser::claim(&users_directory(bundle), &record.id).and_then(|user| user.release());
+        let released = VmUser::release(&users_directory(bundle), &record.id);
         step("release the VM's user", released.map_err(Into::into));
     }
     if first.is_ok() {

@@ -6,8 +6,9 @@
 //! first container: virtiofsd starts, its device is plugged and mounted in the guest
 //! stop:   agent syncs and powers off, or the VMM is killed ──▶ everything undone
 //! ```
+//! A VM that loses its agent's connection or virtiofsd is ended, see [`crate::life`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -30,8 +31,10 @@ use tokio::sync::{OnceCell, watch};
 use crate::boot::{self, Booted, Stage, chain, failure};
 use crate::confinement::{Confinement, VmUser};
 use crate::container::GuestContainer;
-use crate::guest_client::{Agent, limited, refused};
+use crate::guest_client::{Agent, limited, refused, within};
+use crate::life::Life;
 use crate::network::{self, Attached};
+use crate::oom;
 use crate::process::{self, Name, Streams, adopt};
 use crate::record::{self, Record};
 use crate::share::{self, Share, Virtiofsd, oci};
@@ -60,13 +63,17 @@ struct Running {
     spec: PodSpec,
     netns: PathBuf,
     vmm: Arc<dyn Vmm>,
+    life: Arc<Life>,
     console: Tail,
     boot: BootResult,
     confinement: Confinement,
     share: Share,
+    /// Serves the share to a device that is plugged.
+    virtiofsd: OnceCell<Virtiofsd>,
     /// The shared directory is mounted in the guest.
     shared: OnceCell<()>,
-    virtiofsd: tokio::sync::Mutex<Option<Virtiofsd>>,
+    /// The lowest oom_score_adj that a container has asked for.
+    oom_score_adj: Mutex<Option<i32>>,
 }
 
 impl VmSandbox {
@@ -112,19 +119,32 @@ impl VmSandbox {
         };
         let boot = boot::begin(format!("catamaran-{}", self.id), &vm, &confinement).await?;
         let (vmm, console) = (Arc::clone(&boot.vmm), boot.console.clone());
+        // It has done so itself; this says in the log where it could not.
+        oom::set(&BTreeSet::from([vmm.pid().cast_signed()]), oom::ORDINARY);
         let boot: BootResult = boot.wait().boxed().shared();
         // The guest boots while CNI works, whether somebody waits yet or not.
-        tokio::spawn(boot.clone());
+        let booting = boot.clone();
+        let life = Life::new(Arc::clone(&vmm));
+        life.depend_on(async move {
+            match booting.await {
+                Ok(booted) => booted.guest.connection.ended().await,
+                // That is for `start` to report.
+                Err(_) => std::future::pending().await,
+            }
+            "the connection to the guest's agent ended".to_owned()
+        });
         Ok(Running {
             spec,
             netns,
             vmm,
+            life,
             console,
             boot,
             confinement,
             share,
+            virtiofsd: OnceCell::new(),
             shared: OnceCell::new(),
-            virtiofsd: tokio::sync::Mutex::new(None),
+            oom_score_adj: Mutex::default(),
         })
     }
 
@@ -185,10 +205,10 @@ impl SandboxBackend for VmSandbox {
         let running = self.running()?;
         let booted = running.boot.clone().await;
         let booted = booted.inspect_err(|_| boot::save_console(&self.bundle, &running.console))?;
-        running.join_network(&booted.agent).await?;
-        running.configure(&booted.agent).await?;
+        running.join_network(&booted.guest.agent).await?;
+        running.configure(&booted.guest.agent).await?;
         tracing::info!(
-            kernel = booted.hello.kernel_release,
+            kernel = booted.guest.hello.kernel_release,
             boot_ms = booted.took.as_millis(),
             "the guest is ready"
         );
@@ -211,7 +231,7 @@ impl SandboxBackend for VmSandbox {
         }
         map.insert(info::VMM_PID.to_owned(), running.vmm.pid().to_string());
         if let Some(Ok(booted)) = running.boot.peek() {
-            map.insert(info::KERNEL.to_owned(), booted.hello.kernel_release.clone());
+            map.insert(info::KERNEL.to_owned(), booted.guest.hello.kernel_release.clone());
             map.insert(info::BOOT_MS.to_owned(), booted.took.as_millis().to_string());
         }
         map
@@ -222,9 +242,9 @@ impl SandboxBackend for VmSandbox {
         let _ = self.made.subscribe().wait_for(|made| *made).await;
         match self.running() {
             Ok(running) => {
-                let how = running.vmm.ended().await;
+                let reason = running.life.ended().await;
                 boot::save_console(&self.bundle, &running.console);
-                format!("the VM ended ({how})")
+                reason
             }
             Err(_) => std::future::pending().await,
         }
@@ -280,7 +300,7 @@ impl SandboxBackend for VmSandbox {
 
 impl Running {
     async fn agent(&self) -> Result<Agent, ShimError> {
-        Ok(self.boot.clone().await?.agent)
+        Ok(self.boot.clone().await?.guest.agent)
     }
 
     /// Every interface that CNI left in the namespace appears in the guest.
@@ -300,10 +320,8 @@ impl Running {
                 .await
                 .map_err(|error| failed(chain(&error)))?;
             let name = interface.name.clone();
-            let answer = agent
-                .clone()
-                .configure_interface(limited(interface_request(interface)))
-                .await;
+            let request = limited(interface_request(interface));
+            let answer = within(agent.clone().configure_interface(request)).await;
             answer.map_err(|status| failed(refused(&name, &status).to_string()))?;
         }
         Ok(())
@@ -316,29 +334,40 @@ impl Running {
             shared_pid: self.spec.namespaces.pid == PidNamespace::Pod,
             shm_bytes: self.spec.shm_bytes,
         };
-        let answer = agent.clone().configure_sandbox(limited(request)).await;
+        let answer = within(agent.clone().configure_sandbox(limited(request))).await;
         answer
             .map(drop)
             .map_err(|status| refused("configure the guest", &status))
     }
 
-    /// Starts virtiofsd, plugs its device and mounts it in the guest.
-    async fn mount_share(&self, agent: &Agent) -> Result<(), ShimError> {
+    /// Starts virtiofsd and plugs its device.
+    async fn plug_share(&self) -> Result<Virtiofsd, ShimError> {
         let failed = |why: String| failure(Stage::Rootfs, why, Some(&self.console));
         let RuntimeSpec::Vm(vm) = &self.spec.runtime else {
             return Err(failed("the pod has no VM".to_owned()));
         };
         let started = share::serve(&self.share, &vm.virtiofsd, &self.confinement.cgroup).await;
         let (daemon, back_end) = started.map_err(|error| failed(chain(&error)))?;
-        *self.virtiofsd.lock().await = Some(daemon);
         let device = SharedFs {
             tag: share::TAG.to_owned(),
             back_end,
         };
-        self.vmm
-            .plug_shared_fs(device)
-            .await
-            .map_err(|error| failed(chain(&error)))?;
+        if let Err(error) = self.vmm.plug_shared_fs(device).await {
+            daemon.stop().await;
+            return Err(failed(chain(&error)));
+        }
+        let ended = daemon.ended();
+        self.life.depend_on(async move {
+            format!("virtiofsd, which serves the pod's files, ended ({})", ended.await)
+        });
+        Ok(daemon)
+    }
+
+    /// Mounts the share in the guest. What was done by an attempt that failed is not done again: a device can be
+    /// plugged once.
+    async fn mount_share(&self, agent: &Agent) -> Result<(), ShimError> {
+        let daemon = self.virtiofsd.get_or_try_init(|| self.plug_share()).await?;
+        let failed = |why: String| failure(Stage::Rootfs, why, Some(&self.console));
         let request = MountRequest {
             r#type: "virtiofs".to_owned(),
             source: share::TAG.to_owned(),
@@ -348,11 +377,10 @@ impl Running {
         // The guest knows the tag only once it has found the device.
         let deadline = tokio::time::Instant::now() + PLUG_LIMIT;
         loop {
-            match agent.clone().mount(limited(request.clone())).await {
+            match within(agent.clone().mount(limited(request.clone()))).await {
                 Ok(_) => return Ok(()),
                 Err(status) if tokio::time::Instant::now() >= deadline => {
-                    let daemon = self.virtiofsd.lock().await;
-                    let words = daemon.as_ref().map(Virtiofsd::last_words).unwrap_or_default();
+                    let words = daemon.last_words();
                     return Err(failed(format!("{} {words}", refused("mount the share", &status))));
                 }
                 Err(_) => tokio::time::sleep(PLUG_RETRY).await,
@@ -375,22 +403,35 @@ impl Running {
             .mount_rootfs(&request.id, &request.rootfs)
             .map_err(of_share)?;
         oci::rewrite(&mut spec, &self.share, &request.id, &root).map_err(of_share)?;
+        let oom_score_adj = spec
+            .pointer("/process/oomScoreAdj")
+            .and_then(|value| value.as_i64());
         let message = CreateContainerRequest {
             container_id: request.id.clone(),
             spec: spec.to_string().into_bytes(),
             stdin: request.stdin,
         };
-        let answer = agent.clone().create_container(limited(message)).await;
-        Ok(answer
-            .map_err(|status| refused("create container", &status))?
-            .into_inner()
-            .pid)
+        let answer = within(agent.clone().create_container(limited(message))).await;
+        let made = answer.map_err(|status| refused("create container", &status))?;
+        self.protect(oom_score_adj.and_then(|value| i32::try_from(value).ok()));
+        Ok(made.pid)
+    }
+
+    /// A container asks for `oom_score_adj`, or does not care.
+    fn protect(&self, oom_score_adj: Option<i32>) {
+        let wanted = oom_score_adj.unwrap_or(oom::ORDINARY);
+        let mut lowest = self.oom_score_adj.lock().unwrap_or_else(PoisonError::into_inner);
+        if lowest.is_none_or(|lowest| wanted < lowest) {
+            *lowest = Some(wanted);
+            oom::set(&self.confinement.cgroup.pids(), wanted);
+        }
     }
 
     /// Ends the VM: in order where the guest answers, by force otherwise.
     async fn power_off(&self) {
+        self.life.stopping();
         if let Some(Ok(booted)) = self.boot.peek() {
-            let mut agent = booted.agent.clone();
+            let mut agent = booted.guest.agent.clone();
             let orderly = async {
                 // The connection breaks when it is done, which is no error here.
                 let _ = agent.shutdown(Empty {}).await;
@@ -402,7 +443,7 @@ impl Running {
         }
         self.vmm.kill();
         self.vmm.ended().await;
-        if let Some(mut daemon) = self.virtiofsd.lock().await.take() {
+        if let Some(daemon) = self.virtiofsd.get() {
             daemon.stop().await;
         }
     }

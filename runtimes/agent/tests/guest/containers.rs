@@ -39,6 +39,7 @@ impl Vm {
             exec_id: String::new(),
             signal: signal.unsigned_abs(),
             all,
+            tree: false,
         };
         self.agent.signal(request).await.map(drop)
     }

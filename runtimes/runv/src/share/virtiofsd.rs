@@ -1,6 +1,7 @@
 //! Starts the vhost-user back end of the shared directory: the C virtiofsd that came with QEMU up to 7.2, or the
 //! Rust one that followed it; their options differ.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
@@ -8,8 +9,10 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use tokio::process::{Child, Command};
+use tokio::sync::{mpsc, watch};
 
-use crate::cgroup::Cgroup;
+use crate::cgroup::{self, Cgroup};
+use crate::oom;
 use crate::vmm::console::Tail;
 
 /// Which of the two.
@@ -22,15 +25,27 @@ enum Flavour {
 /// A running virtiofsd; it ends when the VMM closes its side, and is killed when dropped.
 #[derive(Debug)]
 pub struct Virtiofsd {
-    child: Child,
+    kill: mpsc::Sender<()>,
+    ended: watch::Receiver<Option<String>>,
     words: Tail,
 }
 
 impl Virtiofsd {
     /// Kills it and waits for its end.
-    pub async fn stop(&mut self) {
-        if let Err(error) = self.child.kill().await {
-            tracing::warn!(%error, "cannot end virtiofsd");
+    pub async fn stop(&self) {
+        // Full: a kill is on its way. Closed: the process has ended.
+        let _ = self.kill.try_send(());
+        self.ended().await;
+    }
+
+    /// Answers when it has ended, with the way it ended and its last words.
+    pub fn ended(&self) -> impl Future<Output = String> + Send + use<> {
+        let mut ended = self.ended.clone();
+        async move {
+            match ended.wait_for(Option::is_some).await {
+                Ok(how) => how.clone().unwrap_or_default(),
+                Err(_) => "its supervisor is gone".to_owned(),
+            }
         }
     }
 
@@ -39,6 +54,33 @@ impl Virtiofsd {
     pub fn last_words(&self) -> String {
         self.words.last_lines(3).join("; ")
     }
+}
+
+async fn supervise(
+    mut child: Child,
+    mut killed: mpsc::Receiver<()>,
+    words: Tail,
+    ended: watch::Sender<Option<String>>,
+) {
+    let status = tokio::select! {
+        status = child.wait() => status,
+        // Asked for, or the sender was dropped.
+        _ = killed.recv() => {
+            if let Err(error) = child.start_kill() {
+                tracing::warn!(%error, "cannot end virtiofsd");
+            }
+            child.wait().await
+        }
+    };
+    let mut how = match status {
+        Ok(status) => status.to_string(),
+        Err(error) => format!("unknown end: {error}"),
+    };
+    if let Some(last) = words.last_lines(1).first() {
+        how.push_str(&format!(": {last}"));
+    }
+    // Nobody may be listening any more.
+    let _ = ended.send(Some(how));
 }
 
 async fn flavour(program: &Path) -> io::Result<Flavour> {
@@ -84,21 +126,15 @@ pub(super) async fn start(
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .kill_on_drop(true);
-    inherit(&mut command, listener.as_raw_fd());
+    inherit(&mut command, listener.as_raw_fd(), cgroup.open_procs()?);
     let mut child = command.spawn()?;
     drop(listener);
-    if let Some(pid) = child.id() {
-        if let Some(procs) = cgroup.first_procs() {
-            std::fs::write(procs, pid.to_string())?;
-        }
-        cgroup.adopt(pid)?;
-    }
     let words = child
         .stderr
         .take()
         .map(|stream| Tail::follow(stream).0)
         .unwrap_or_default();
-    // Wrong arguments end it at once; a later end shows at the VMM.
+    // Wrong arguments end it at once.
     if let Ok(status) = tokio::time::timeout(Duration::from_millis(15), child.wait()).await {
         return Err(io::Error::other(format!(
             "{}: {}",
@@ -106,7 +142,10 @@ pub(super) async fn start(
             words.last_lines(3).join("; ")
         )));
     }
-    Ok((Virtiofsd { child, words }, connected))
+    let (kill, killed) = mpsc::channel(1);
+    let (sender, ended) = watch::channel(None);
+    tokio::spawn(supervise(child, killed, words.clone(), sender));
+    Ok((Virtiofsd { kill, ended, words }, connected))
 }
 
 /// A listening socket, and a connection that waits in its backlog; the name is gone again.
@@ -145,10 +184,13 @@ fn arguments(flavour: Flavour, directory: &Path, socket: i32) -> Vec<std::ffi::O
 }
 
 /// The socket is inherited, the limit of open files is raised as far as allowed (each file that the guest uses is
-/// one here), and the process dies with the shim.
-fn inherit(command: &mut Command, socket: i32) {
+/// one here), and the process dies with the shim. It joins the cgroup before it runs, as it forks at once and what it
+/// has forked is not moved with it.
+fn inherit(command: &mut Command, socket: i32, procs: Vec<File>) {
     let shim = nix::unistd::getpid();
     let child = move || {
+        cgroup::join(&procs)?;
+        oom::reset_own();
         // SAFETY: only system calls with memory of this frame.
         unsafe {
             let mut limit = libc::rlimit {

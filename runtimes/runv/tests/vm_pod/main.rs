@@ -1,5 +1,6 @@
 //! The real shim with a real QEMU, kernel and agent, driven by a ttrpc client as the daemon does.
 
+mod faults;
 mod rig;
 mod sessions;
 
