@@ -2,8 +2,11 @@
 
 use std::sync::Arc;
 
-use super::record::{ContainerRecord, PodRecord};
-use crate::config::HandlerType;
+use catamaran_sandbox::pod_spec::RuntimeSpec;
+use tokio::sync::{Mutex, OwnedMutexGuard, watch};
+
+use super::record::{ContainerRecord, PodRecord, PodView};
+use super::update_sandbox::fits_vm;
 use crate::cri::api::LinuxContainerResources;
 use crate::error::{Error, Result};
 use crate::node::Node;
@@ -19,9 +22,10 @@ pub(super) async fn run(
 ) -> Result<LinuxContainerResources> {
     let merged = merge(&container.resources, wanted);
     let guest;
-    let host = match super::handler_kind(pod) {
-        HandlerType::Oci => &node.host,
-        HandlerType::Vm => {
+    let host = match &pod.spec.runtime {
+        RuntimeSpec::Oci { .. } => &node.host,
+        RuntimeSpec::Vm(vm) => {
+            fits_vm(vm, "linux", &container.resources, &merged)?;
             guest = catamaran_spec::HostFeatures::guest(&node.host.hostname);
             &guest
         }
@@ -34,14 +38,52 @@ pub(super) async fn run(
     Ok(merged)
 }
 
-/// As [`run`], with NRI plugins asked before: they may want other limits, and limits of other containers.
+/// Updates of one container come one after the other, each on what the one before has left.
+pub(super) struct Turn {
+    pub(super) lock: Arc<Mutex<()>>,
+    pub(super) view: watch::Receiver<Arc<PodView>>,
+}
+
+/// Limits in force.
+pub(super) struct Updated {
+    pub(super) resources: LinuxContainerResources,
+    /// Held until they are on record.
+    _turn: OwnedMutexGuard<()>,
+}
+
+/// As [`run`], when its turn comes.
+pub(super) async fn in_turn(
+    node: &Node,
+    shim: &Shim,
+    pod: &PodRecord,
+    container: &ContainerRecord,
+    wanted: &LinuxContainerResources,
+    turn: Turn,
+) -> Result<Updated> {
+    let held = turn.lock.lock_owned().await;
+    let view = turn.view.borrow().clone();
+    // As the update before has left it.
+    let current = view
+        .containers
+        .get(&container.id)
+        .map_or(container, |current| current);
+    let resources = run(node, shim, pod, current, wanted).await?;
+    Ok(Updated {
+        resources,
+        _turn: held,
+    })
+}
+
+/// As [`in_turn`], with NRI plugins asked before: they may want other limits, and limits of other containers. They
+/// are asked out of turn, as what they want of another container may wait for this one's.
 pub(super) async fn with_plugins(
     node: Arc<Node>,
     shim: Shim,
     pod: Arc<PodRecord>,
     container: Arc<ContainerRecord>,
     wanted: LinuxContainerResources,
-) -> Result<LinuxContainerResources> {
+    turn: Turn,
+) -> Result<Updated> {
     let request = || {
         let (pod, container) = crate::nri::pair(&node, &pod, &container);
         catamaran_nri::api::UpdateContainerRequest {
@@ -58,16 +100,31 @@ pub(super) async fn with_plugins(
         }
         None => wanted,
     };
-    let applied = run(&node, &shim, &pod, &container, &wanted).await?;
+    let applied = in_turn(&node, &shim, &pod, &container, &wanted, turn).await?;
     let after = || {
         let updated = ContainerRecord {
-            resources: applied.clone(),
+            resources: applied.resources.clone(),
             ..(*container).clone()
         };
         crate::nri::pair(&node, &pod, &updated)
     };
     node.nri.container_updated(after).await;
     Ok(applied)
+}
+
+/// A limit above what the pod's VM has is no promise of more, so the container is made; but who asked for it may
+/// not know that the VM's size comes from the pod's limits at RunPodSandbox, which a kubelet always gives.
+pub(super) fn warn_of_limits_above_vm(pod: &PodRecord, container: &ContainerRecord) {
+    if let RuntimeSpec::Vm(vm) = &pod.spec.runtime
+        && let Err(error) = fits_vm(
+            vm,
+            "config.linux.resources",
+            &Default::default(),
+            &container.resources,
+        )
+    {
+        tracing::warn!(container = %container.id, %error, "a limit above the VM's size has no effect");
+    }
 }
 
 /// Does what NRI plugins want of other containers.
