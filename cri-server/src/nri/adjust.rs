@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use catamaran_nri::{api, removal};
-use catamaran_spec::Side;
+use catamaran_spec::{HostFeatures, Side};
 use oci_spec::runtime as oci;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -21,8 +21,8 @@ fn parse<T: DeserializeOwned>(field: &str, value: Value) -> Result<T> {
     serde_json::from_value(value).map_err(|error| refused(field, &error.to_string()))
 }
 
-/// Adjusts `spec`, and the limits on record. In a VM there is nothing of the host that a plugin could add. CDI
-/// devices are the caller's to inject.
+/// Adjusts `spec`, which `kernel` will run, and the limits on record. In a VM there is nothing of the host that a
+/// plugin could add. CDI devices are the caller's to inject.
 ///
 /// # Errors
 /// [`Error::FailedPrecondition`] naming the field.
@@ -31,6 +31,7 @@ pub(crate) fn apply(
     limits: &mut LinuxContainerResources,
     adjust: api::ContainerAdjustment,
     side: Side,
+    kernel: &HostFeatures,
 ) -> Result<()> {
     let linux = adjust.linux.unwrap_or_default();
     refuse(&linux, side, adjust.hooks.as_ref(), &adjust.cdi_devices)?;
@@ -69,7 +70,7 @@ pub(crate) fn apply(
                 .filter(|score| (-1000..=1000).contains(score));
             let score =
                 score.ok_or_else(|| refused("linux.oom_score_adj", "is not within -1000 and 1000"))?;
-            process.set_oom_score_adj(Some(score));
+            process.set_oom_score_adj(Some(kernel.settable_oom_score_adj(score)));
             limits.oom_score_adj = i64::from(score);
         }
     }
@@ -361,7 +362,9 @@ mod tests {
     ) -> Result<(oci::Spec, LinuxContainerResources)> {
         let mut spec = oci::Spec::default();
         let mut limits = LinuxContainerResources::default();
-        apply(&mut spec, &mut limits, adjust, side).map(|()| (spec, limits))
+        let mut kernel = HostFeatures::guest("n");
+        kernel.min_oom_score_adj = Some(-10);
+        apply(&mut spec, &mut limits, adjust, side, &kernel).map(|()| (spec, limits))
     }
 
     fn linux(linux: api::LinuxContainerAdjustment) -> api::ContainerAdjustment {
@@ -436,6 +439,19 @@ mod tests {
         assert_eq!(oci.pids().unwrap().limit(), 7);
         assert_eq!(limits.memory_limit_in_bytes, 4096);
         assert!(spec.linux().as_ref().unwrap().seccomp().is_some());
+    }
+
+    #[test]
+    fn a_score_that_cannot_be_set_becomes_the_nearest_that_can() {
+        for (wanted, set) in [(-900, -10), (-5, -5), (7, 7)] {
+            let adjust = linux(api::LinuxContainerAdjustment {
+                oom_score_adj: Some(api::OptionalInt { value: wanted }),
+                ..Default::default()
+            });
+            let (spec, limits) = adjusted(adjust, Side::Host).unwrap();
+            assert_eq!(spec.process().as_ref().unwrap().oom_score_adj(), Some(set));
+            assert_eq!(limits.oom_score_adj, wanted);
+        }
     }
 
     #[test]

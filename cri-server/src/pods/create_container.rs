@@ -9,22 +9,27 @@ use catamaran_sandbox::id::Id;
 use catamaran_sandbox::pod_spec::info;
 use catamaran_sandbox::protocol::{CRI_LOG_SCHEME, DISCARD_OUTPUT, STDIN_KEEP, STDIN_ONCE};
 use catamaran_spec::{
-    ContainerInput, HostInputs, HostNamespaces, ImageUsers, PidNamespace, PodFiles, Side, Target,
-    UserNamespace, container_spec, inject_cdi_devices, resolve_identity, stop_signal,
+    ContainerInput, HostFeatures, HostInputs, HostNamespaces, ImageUsers, MountSource, PidNamespace,
+    PodFiles, Side, SourcePropagation, Target, UserNamespace, container_spec, inject_cdi_devices,
+    resolve_identity, stop_signal,
 };
 use oci_spec::runtime::{LinuxIdMapping, LinuxIdMappingBuilder, Spec};
 use tokio_util::sync::CancellationToken;
 
+use super::declared_volumes::{self, DeclaredVolume};
 use super::files::Files;
 use super::image_volumes::{self, ImageVolume};
-use super::record::{ContainerRecord, PodRecord, PodView};
+use super::lookups::{Lookups, Place};
+use super::record::{ContainerKey, ContainerRecord, PodRecord, PodView};
 use super::run_sandbox::Failed;
 use super::state::ContainerState;
+use super::steps::Steps;
 use super::undo::Undo;
-use super::{image_ref, teardown};
+use super::{image_ref, teardown, update_container};
 use crate::config::CgroupDriver;
 use crate::cri::api::{
-    ContainerConfig, LinuxContainerResources, LinuxContainerUser, NamespaceMode, NamespaceOption,
+    ContainerConfig, IdMapping, LinuxContainerResources, LinuxContainerUser, NamespaceMode, NamespaceOption,
+    PodSandboxConfig,
 };
 use crate::error::{Error, Result, chain};
 use crate::node::{Node, now_ns};
@@ -41,13 +46,20 @@ pub(super) struct Plan {
     side: Side,
     read_only: bool,
     image_volumes: Vec<ImageVolume>,
+    declared_volumes: Vec<DeclaredVolume>,
 }
 
 /// Checks a request and makes its spec.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] and [`Error::Spec`] naming the field, [`Error::NotFound`] for the image.
-pub(super) async fn plan(node: &Arc<Node>, pod: &PodView, config: ContainerConfig) -> Result<Plan> {
+/// [`Error::InvalidArgument`] and [`Error::Spec`] naming the field, [`Error::NotFound`] for the image,
+/// [`Error::DeadlineExceeded`] for a volume whose file system does not answer.
+pub(super) async fn plan(
+    node: &Arc<Node>,
+    lookups: &Lookups,
+    pod: &PodView,
+    config: ContainerConfig,
+) -> Result<Plan> {
     verify(&pod.pod, &config)?;
     let wanted = config
         .image
@@ -64,7 +76,27 @@ pub(super) async fn plan(node: &Arc<Node>, pod: &PodView, config: ContainerConfi
     let node = node.clone();
     let pod = pod.clone();
     let side = handler.side();
-    teardown::blocking(move || plan_blocking(&node, &pod, config, &image, id, side, features)).await
+    let key = (pod.pod.id.clone(), key(&config));
+    let places = config
+        .mounts
+        .iter()
+        .enumerate()
+        .filter(|(_, mount)| !mount.host_path.is_empty());
+    let places = places.map(|(index, mount)| Place {
+        field: format!("config.mounts[{index}].host_path"),
+        path: mount.host_path.clone(),
+    });
+    let places = places.collect();
+    let work = move || plan_blocking(&node, &pod, config, &image, id, side, features);
+    lookups.run(key, places, work).await
+}
+
+fn key(config: &ContainerConfig) -> ContainerKey {
+    let metadata = config.metadata.clone().unwrap_or_default();
+    ContainerKey {
+        name: metadata.name,
+        attempt: metadata.attempt,
+    }
 }
 
 fn plan_blocking(
@@ -106,11 +138,23 @@ fn plan_blocking(
             *source = Some(volume.source());
         }
     }
+    // To the spec they are mounts like others; on record, and in the container's status, is what the CRI asked for.
+    let snapshot = node.dirs.snapshots().join(id.as_str());
+    let declared_volumes = declared_volumes::plan(&image.config, &config.mounts, &snapshot)?;
+    let mut mounted = config.clone();
+    let ids = pod_id_mappings(&sandbox.config);
+    for volume in &declared_volumes {
+        mounted.mounts.push(volume.mount(ids));
+        inputs.mounts.push(Some(MountSource {
+            path: volume.source.clone(),
+            propagation: SourcePropagation::Private,
+        }));
+    }
     let annotations: BTreeMap<String, String> = BTreeMap::new();
     let image_name = config.image.as_ref().map(user_image_name).unwrap_or_default();
     let input = ContainerInput {
         pod: &sandbox.config,
-        container: &config,
+        container: &mounted,
         image: &image.config,
         container_id: id.as_str(),
         sandbox_id: sandbox.id.as_str(),
@@ -175,7 +219,15 @@ fn plan_blocking(
         side,
         read_only: security.readonly_rootfs,
         image_volumes,
+        declared_volumes,
     })
+}
+
+/// How the ids of a pod with a user namespace are mapped: what the image gives to root is the pod's root's.
+fn pod_id_mappings(config: &PodSandboxConfig) -> Option<(&[IdMapping], &[IdMapping])> {
+    let security = config.linux.as_ref()?.security_context.as_ref()?;
+    let user = security.namespace_options.as_ref()?.userns_options.as_ref()?;
+    (user.mode() == NamespaceMode::Pod).then_some((&user.uids, &user.gids))
 }
 
 fn verify(pod: &PodRecord, config: &ContainerConfig) -> Result<()> {
@@ -209,18 +261,56 @@ fn verify(pod: &PodRecord, config: &ContainerConfig) -> Result<()> {
             ));
         }
     }
+    verify_namespaces(pod, config)?;
     if config.stdin_once && !config.stdin {
         return Err(Error::invalid("config.stdin_once", "needs config.stdin"));
     }
     Ok(())
 }
 
+/// A container's network and IPC namespaces are its pod's, so it may leave them at POD or say what the pod says.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] for the node's where the pod has its own, and for what is no mode of theirs.
+fn verify_namespaces(pod: &PodRecord, config: &ContainerConfig) -> Result<()> {
+    let security = config
+        .linux
+        .as_ref()
+        .and_then(|linux| linux.security_context.as_ref());
+    let Some(options) = security.and_then(|security| security.namespace_options.as_ref()) else {
+        return Ok(());
+    };
+    let field = |name: &str| format!("config.linux.security_context.namespace_options.{name}");
+    for (name, value, of_node) in [
+        ("network", options.network, pod.netns().is_none()),
+        ("ipc", options.ipc, pod.spec.namespaces.host_ipc),
+        ("pid", options.pid, true),
+    ] {
+        let problem = match NamespaceMode::try_from(value) {
+            Ok(_) if name == "pid" => continue,
+            Ok(NamespaceMode::Pod) => continue,
+            Ok(NamespaceMode::Node) if of_node => continue,
+            Ok(NamespaceMode::Node) => "is NODE, and the pod sandbox has a namespace of its own".to_owned(),
+            Ok(mode) => format!("is {}, and only pid has that mode", mode.as_str_name()),
+            Err(unknown) => format!("has the unknown value {}", unknown.0),
+        };
+        return Err(Error::invalid(field(name), problem));
+    }
+    Ok(())
+}
+
+/// CRI: relative to the pod's log_directory. One that begins with a slash is taken for relative, as other
+/// implementations have it, unless it names the directory itself.
 fn log_path(directory: &str, path: &str) -> String {
     if path.is_empty() {
-        String::new()
-    } else {
-        Path::new(directory).join(path).display().to_string()
+        return String::new();
     }
+    let inside = match Path::new(path).strip_prefix(directory) {
+        Ok(inside) if !directory.is_empty() => inside,
+        _ if directory.is_empty() => return path.to_owned(),
+        _ => Path::new(path.trim_start_matches('/')),
+    };
+    Path::new(directory).join(inside).display().to_string()
 }
 
 /// What the user wrote, for annotations and status.
@@ -318,9 +408,9 @@ pub(super) async fn run(
     announced: Written,
     cancel: CancellationToken,
 ) -> Result<LinuxContainerResources, Failed> {
-    let mut undo = Undo::default();
+    let (mut undo, steps) = (Undo::default(), Steps::default());
     let result = tokio::select! {
-        result = begin(&node, &pod, &shim, &mut plan, announced, &mut undo) => result,
+        result = begin(&node, &pod, &shim, &mut plan, announced, (&mut undo, &steps)) => result,
         () = cancel.cancelled() => {
             Err(Error::Aborted(format!("the pod of container {} was stopped while it was created", plan.record.id)))
         }
@@ -329,7 +419,10 @@ pub(super) async fn run(
         Ok(()) => Ok(plan.record.resources),
         Err(error) => {
             tracing::info!(container = %plan.record.id, error = %chain(&error), "undoing a container");
-            let left = undo.run().await;
+            let mut left = steps.settle().await;
+            if left.is_empty() {
+                left = undo.run().await;
+            }
             let pair = || crate::nri::created_pair(&pod, &plan.record, &plan.spec);
             node.nri.undo_container(plan.record.id.as_str(), pair).await;
             Err(Failed { error, left })
@@ -345,9 +438,36 @@ async fn ask_plugins(node: &Node, pod: &PodRecord, plan: &mut Plan) -> Result<()
         return Ok(());
     };
     let devices: Vec<String> = adjust.cdi_devices.iter().map(|d| d.name.clone()).collect();
-    crate::nri::apply(&mut plan.spec, &mut plan.record.resources, adjust, plan.side)?;
+    let guest;
+    let kernel = match plan.side {
+        Side::Host => &node.host,
+        Side::Guest => {
+            guest = HostFeatures::guest(&node.host.hostname);
+            &guest
+        }
+    };
+    let limits = &mut plan.record.resources;
+    crate::nri::apply(&mut plan.spec, limits, adjust, plan.side, kernel)?;
     inject_cdi_devices(&mut plan.spec, &devices, &node.config.cdi_spec_dirs)?;
     super::update_container::change_others(node, wanted).await
+}
+
+/// What the CRI or a plugin asked for is on record, what can be set on this node is in the spec.
+fn warn_of_oom_score(record: &ContainerRecord, spec: &Spec) {
+    let wanted = record.resources.oom_score_adj;
+    if let Some(set) = spec
+        .process()
+        .as_ref()
+        .and_then(|process| process.oom_score_adj())
+        && i64::from(set) > wanted
+    {
+        tracing::warn!(
+            container = %record.id,
+            wanted,
+            set,
+            "oom_score_adj cannot be lowered that far without CAP_SYS_RESOURCE"
+        );
+    }
 }
 
 async fn begin(
@@ -356,10 +476,12 @@ async fn begin(
     shim: &Shim,
     plan: &mut Plan,
     announced: Written,
-    undo: &mut Undo,
+    (undo, steps): (&mut Undo, &Steps),
 ) -> Result<()> {
     announced.durable().await?;
     ask_plugins(node, sandbox, plan).await?;
+    update_container::warn_of_limits_above_vm(sandbox, &plan.record);
+    warn_of_oom_score(&plan.record, &plan.spec);
     let text = |error: Error| chain(&error);
     let (pod, id) = (plan.record.pod.clone(), plan.record.id.clone());
     let (n, i) = (node.clone(), id.clone());
@@ -385,15 +507,24 @@ async fn begin(
     {
         std::fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
     }
-    image_volumes::mount_all(node, &id, &plan.image_volumes).await?;
-    let snapshot = node
-        .images
-        .prepare(&plan.record.image_id, id.as_str(), plan.read_only)
+    image_volumes::mount_all(node, &id, &plan.image_volumes, steps).await?;
+    let (n, i, image, read_only) = (
+        node.clone(),
+        id.clone(),
+        plan.record.image_id.clone(),
+        plan.read_only,
+    );
+    let snapshot = steps
+        .run(async move { Ok(n.images.prepare(&image, i.as_str(), read_only).await?) })
         .await?;
-    let (s, i) = (shim.clone(), id.clone());
-    undo.push("task", move || async move {
-        teardown::end_task(&s, i.as_str()).await.map_err(text)
-    });
+    let image = (&id, plan.record.image_id.as_str());
+    declared_volumes::make(node, image, &bundle, &plan.declared_volumes, steps).await?;
+    let (n, p, s, i) = (node.clone(), pod.clone(), shim.clone(), id.clone());
+    undo.push_holding(
+        "task",
+        teardown::CREATION_LIMIT + teardown::STOP_GRACE * 2,
+        move || async move { teardown::end_task(&n, &p, &s, i.as_str()).await.map_err(text) },
+    );
     let config = &plan.record.config;
     let rootfs = snapshot.mounts.into_iter().map(|mount| Mount {
         fs_type: mount.fs_type,
@@ -430,5 +561,13 @@ mod tests {
         assert_eq!(log_path("/var/log/pods/x", "c/0.log"), "/var/log/pods/x/c/0.log");
         assert_eq!(log_path("/var/log/pods/x", ""), "");
         assert_eq!(log_path("", "/a/b.log"), "/a/b.log");
+        assert_eq!(
+            log_path("/var/log/pods/x", "//etc/cron.d/y"),
+            "/var/log/pods/x/etc/cron.d/y"
+        );
+        assert_eq!(
+            log_path("/var/log/pods/x/", "/var/log/pods/x/c/0.log"),
+            "/var/log/pods/x/c/0.log"
+        );
     }
 }

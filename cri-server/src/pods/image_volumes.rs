@@ -2,9 +2,11 @@
 //! `image_sub_path`). The view is mounted by the daemon inside the container's bundle, so whatever takes the
 //! bundle apart takes it too, and its lease carries the container's id, so a start finds what a crash left.
 //!
-//! As Kubernetes documents such volumes they are read-only and without execution; nosuid and nodev besides.
+//! Such volumes are read-only, nosuid and nodev. Kubernetes' documentation has them without execution too, but its
+//! conformance suite (cri-tools 1.37) runs programs from them, as containerd and CRI-O allow.
 
 use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,9 +14,13 @@ use catamaran_images::RootfsMount;
 use catamaran_sandbox::id::Id;
 use catamaran_spec::{MountSource, SourcePropagation};
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, openat2};
-use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_bind, mount_change, mount_remount};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, mount, mount_bind, mount_change,
+    mount_remount, move_mount, open_tree,
+};
 
-use super::{image_ref, teardown};
+use super::steps::Steps;
+use super::{declared_volumes, teardown};
 use crate::cri::api::ContainerConfig;
 use crate::error::{Error, Result, chain};
 use crate::node::Node;
@@ -52,8 +58,8 @@ fn is_image(mount: &crate::cri::api::Mount) -> bool {
     mount.image.as_ref().is_some_and(|image| !image.image.is_empty())
 }
 
-/// Finds the images of a container's image volumes, and notes in `config` which they are (`image.image_ref`), for
-/// its status. Nothing is made.
+/// Finds the images of a container's image volumes, and notes in `config` which they are (`image.image_ref`, as
+/// PullImage names them), for its status. Nothing is made.
 ///
 /// # Errors
 /// [`Error::NotFound`] for an image that was not pulled, [`Error::InvalidArgument`] for a path out of it.
@@ -68,7 +74,7 @@ pub(super) fn plan(node: &Node, bundle: &Path, config: &mut ContainerConfig) -> 
             what: "image",
             id: wanted.image.clone(),
         })?;
-        wanted.image_ref = image_ref(&image);
+        wanted.image_ref = image.id.clone();
         let volume = ImageVolume {
             index,
             image_id: image.id.clone(),
@@ -97,12 +103,20 @@ fn stays_inside(sub_path: &str) -> bool {
 ///
 /// # Errors
 /// A part that the image does not have, or that is neither directory nor file; failures of mounting.
-pub(super) async fn mount_all(node: &Arc<Node>, container: &Id, volumes: &[ImageVolume]) -> Result<()> {
+pub(super) async fn mount_all(
+    node: &Arc<Node>,
+    container: &Id,
+    volumes: &[ImageVolume],
+    steps: &Steps,
+) -> Result<()> {
     for volume in volumes {
         let key = key(container, volume.index);
-        let mounts = node.images.prepare_image_mount(&volume.image_id, &key).await?;
-        let volume = volume.clone();
-        teardown::blocking(move || mount_one(&volume, &mounts)).await?;
+        let (node, volume) = (node.clone(), volume.clone());
+        let mounted = async move {
+            let mounts = node.images.prepare_image_mount(&volume.image_id, &key).await?;
+            teardown::blocking(move || mount_one(&volume, &mounts)).await
+        };
+        steps.run(mounted).await?;
     }
     Ok(())
 }
@@ -132,36 +146,34 @@ fn mount_one(volume: &ImageVolume, mounts: &[RootfsMount]) -> Result<()> {
     }
     .map_err(Error::io("create", &target))?;
     // By the descriptor: what was resolved is what is mounted.
-    let source = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&part));
+    let source = format!("/proc/self/fd/{}", part.as_raw_fd());
     mount_bind(source, &target)
         .and_then(|()| mount_change(&target, MountPropagationFlags::PRIVATE))
         .map_err(|e| Error::io("mount", &target)(e.into()))
 }
 
 /// Resolves the path as if the image were the root: absolute links and `..` in links stay inside.
-fn open_part(image: &Path, volume: &ImageVolume) -> Result<std::os::fd::OwnedFd> {
-    let flags = OFlags::PATH | OFlags::CLOEXEC;
-    let root = openat2(
-        CWD,
-        image,
-        flags | OFlags::DIRECTORY,
-        Mode::empty(),
-        ResolveFlags::empty(),
-    )
-    .map_err(|e| Error::io("open", image)(e.into()))?;
-    openat2(
-        &root,
-        volume.sub_path.as_str(),
-        flags,
-        Mode::empty(),
-        ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
-    )
-    .map_err(|e| match e {
+fn open_part(image: &Path, volume: &ImageVolume) -> Result<OwnedFd> {
+    open_inside(image, &volume.sub_path, OFlags::PATH).map_err(|e| match e {
         rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR => {
             unusable(volume, &"does not exist in the image")
         }
         other => unusable(volume, &other),
     })
+}
+
+/// Opens a path below `root` as if that were the root.
+pub(super) fn open_inside(root: &Path, path: &str, flags: OFlags) -> rustix::io::Result<OwnedFd> {
+    let directory = OFlags::PATH | OFlags::CLOEXEC | OFlags::DIRECTORY;
+    let root = rustix::fs::open(root, directory, Mode::empty())?;
+    let inside = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    loop {
+        match openat2(&root, path, flags | OFlags::CLOEXEC, Mode::empty(), inside) {
+            // The kernel asks for another try when a rename elsewhere raced with the walk.
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
+            other => return other,
+        }
+    }
 }
 
 fn unusable(volume: &ImageVolume, why: &dyn std::fmt::Display) -> Error {
@@ -172,12 +184,12 @@ fn unusable(volume: &ImageVolume, why: &dyn std::fmt::Display) -> Error {
     ))
 }
 
-fn mount_view(one: &RootfsMount, target: &Path) -> rustix::io::Result<()> {
-    let restricted = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+/// Mounts an image's content read-only.
+pub(super) fn mount_view(one: &RootfsMount, target: &Path) -> rustix::io::Result<()> {
     if one.fs_type == "bind" {
-        mount_bind(one.source.as_str(), target)?;
-        mount_remount(target, MountFlags::BIND | restricted, "")?;
+        bind_view(&one.source, target)?;
     } else {
+        let restricted = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
         let data: Vec<&str> = one
             .options
             .iter()
@@ -196,17 +208,61 @@ fn mount_view(one: &RootfsMount, target: &Path) -> rustix::io::Result<()> {
     mount_change(target, MountPropagationFlags::PRIVATE)
 }
 
-/// Releases the leases of a container's image volumes; its bundle must be gone, and their mounts with it.
+/// A bind that is read-only before it is attached: at no moment can anything be written, or removed, through it.
+fn bind_view(source: &str, target: &Path) -> rustix::io::Result<()> {
+    let tree = open_tree(
+        CWD,
+        source,
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
+    )?;
+    match restrict(&tree) {
+        Ok(()) => move_mount(&tree, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH),
+        // Before Linux 5.12 there is only the way with a moment in between.
+        Err(rustix::io::Errno::NOSYS) => {
+            mount_bind(source, target)?;
+            let restricted = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV;
+            mount_remount(target, MountFlags::BIND | restricted, "")
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// mount_setattr(2) of a mount that is attached nowhere.
+fn restrict(tree: &OwnedFd) -> rustix::io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: 0,
+    };
+    // SAFETY: the path is an empty C string, the structure is of the size given; both live until the call returns.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if result == 0 {
+        return Ok(());
+    }
+    let error = std::io::Error::last_os_error();
+    Err(rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::INVAL))
+}
+
+/// Releases the leases that a container has besides its own: those of its image volumes, and that of the view that
+/// its declared volumes are filled from. Its bundle must be gone, and the mounts with it.
 pub(super) async fn release(node: &Node, container: &Id, config: &ContainerConfig) -> Result<()> {
     let mut first = None;
-    for (index, _) in config
-        .mounts
-        .iter()
-        .enumerate()
-        .filter(|(_, mount)| is_image(mount))
-    {
-        if let Err(error) = node.images.release(&key(container, index)).await {
-            tracing::warn!(%container, index, error = %chain(&error), "releasing an image volume");
+    let volumes = config.mounts.iter().enumerate();
+    let volumes = volumes.filter(|(_, mount)| is_image(mount));
+    let volumes = volumes.map(|(index, _)| key(container, index));
+    for key in volumes.chain([declared_volumes::view_key(container)]) {
+        if let Err(error) = node.images.release(&key).await {
+            tracing::warn!(%container, key, error = %chain(&error), "releasing a view of an image");
             first.get_or_insert(error);
         }
     }
@@ -250,6 +306,22 @@ mod tests {
         for bad in ["/a", "..", "a/../b", "a/..", "a\0b"] {
             assert!(!stays_inside(bad), "{bad}");
         }
+    }
+
+    /// What `source` shows is never writable at `target`: looked at by its descriptor before it is attached.
+    #[test]
+    fn a_bind_is_read_only_before_it_is_attached() {
+        let image = tempfile::tempdir().unwrap();
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        let tree = open_tree(CWD, image.path(), flags).unwrap();
+        restrict(&tree).unwrap();
+        let written = rustix::fs::openat(&tree, "new", OFlags::CREATE | OFlags::WRONLY, Mode::RWXU);
+        assert_eq!(written.unwrap_err(), rustix::io::Errno::ROFS);
+        let target = tempfile::tempdir().unwrap();
+        bind_view(&image.path().display().to_string(), target.path()).unwrap();
+        let refused = std::fs::write(target.path().join("new"), "x").unwrap_err();
+        rustix::mount::unmount(target.path(), rustix::mount::UnmountFlags::DETACH).unwrap();
+        assert_eq!(refused.raw_os_error(), Some(libc::EROFS));
     }
 
     #[test]

@@ -3,9 +3,11 @@
 
 mod checkpoint_container;
 mod create_container;
+mod declared_volumes;
 mod exec_sync;
 mod files;
 mod image_volumes;
+mod lookups;
 mod network;
 mod owner;
 pub mod record;
@@ -16,9 +18,12 @@ mod run_sandbox;
 pub mod session;
 mod start_container;
 pub mod state;
+mod steps;
 mod stop_container;
 mod stop_sandbox;
+mod sweep;
 mod teardown;
+mod trees;
 pub mod undo;
 mod update_container;
 mod update_sandbox;
@@ -36,6 +41,7 @@ use catamaran_sandbox::id::Id;
 use catamaran_sandbox::pod_spec::RuntimeSpec;
 use tokio::sync::oneshot;
 
+use self::lookups::Lookups;
 use self::owner::{Asker, Call, Handle, Message, Owner, Reply};
 use self::record::{ContainerRecord, PodKey, PodRecord, PodView};
 use self::state::{ContainerState, PodState, Request, admit};
@@ -55,6 +61,7 @@ pub struct Pods {
 struct Inner {
     node: Arc<Node>,
     index: RwLock<Index>,
+    lookups: Lookups,
 }
 
 #[derive(Debug, Default)]
@@ -70,6 +77,7 @@ impl Pods {
             inner: Arc::new(Inner {
                 node,
                 index: RwLock::default(),
+                lookups: Lookups::default(),
             }),
         };
         recover::run(&this, pods, containers).await;
@@ -121,26 +129,24 @@ impl Pods {
     /// A pod by id or by an unambiguous beginning of it.
     ///
     /// # Errors
-    /// [`Error::NotFound`].
+    /// [`Error::NotFound`]; [`Error::InvalidArgument`] for a beginning of several ids.
     pub fn pod(&self, id: &str) -> Result<Arc<PodView>> {
         self.pod_handle(id).map(|handle| handle.view.borrow().clone())
     }
 
     fn pod_handle(&self, id: &str) -> Result<Handle> {
         let index = self.inner.index.read().unwrap_or_else(PoisonError::into_inner);
-        let found = unambiguous(index.pods.keys(), id)
-            .and_then(|full| index.pods.get(full))
-            .cloned();
-        found.ok_or_else(|| Error::NotFound {
-            what: "pod sandbox",
-            id: id.to_owned(),
-        })
+        let mut meant = Meant::by(id);
+        for (full, handle) in &index.pods {
+            meant.see(full, || handle.clone());
+        }
+        meant.only("pod sandbox")
     }
 
     /// A container by id or by an unambiguous beginning of it, with its pod.
     ///
     /// # Errors
-    /// [`Error::NotFound`].
+    /// [`Error::NotFound`]; [`Error::InvalidArgument`] for a beginning of several ids.
     pub fn container(&self, id: &str) -> Result<(Arc<PodView>, Arc<ContainerRecord>)> {
         self.container_handle(id)
             .map(|(_, view, container)| (view, container))
@@ -148,30 +154,17 @@ impl Pods {
 
     fn container_handle(&self, id: &str) -> Result<(Handle, Arc<PodView>, Arc<ContainerRecord>)> {
         let index = self.inner.index.read().unwrap_or_else(PoisonError::into_inner);
-        let mut found = None;
+        let mut meant = Meant::by(id);
         for handle in index.pods.values() {
             let view = handle.view.borrow().clone();
-            if let Some(full) = unambiguous(view.containers.keys(), id)
-                && let Some(container) = view.containers.get(full).cloned()
-                && container.state != ContainerState::Creating
-            {
-                let exact = container.id.as_str() == id;
-                if found.is_some() && !exact {
-                    return Err(Error::NotFound {
-                        what: "container",
-                        id: id.to_owned(),
-                    });
-                }
-                found = Some((handle.clone(), view, container));
-                if exact {
-                    break;
-                }
+            let made = view.containers.values();
+            for container in made.filter(|container| container.state != ContainerState::Creating) {
+                meant.see(&container.id, || {
+                    (handle.clone(), view.clone(), container.clone())
+                });
             }
         }
-        found.ok_or_else(|| Error::NotFound {
-            what: "container",
-            id: id.to_owned(),
-        })
+        meant.only("container")
     }
 
     /// RunPodSandbox. A repeated request joins the attempt in flight.
@@ -213,7 +206,7 @@ impl Pods {
     pub async fn stop_sandbox(&self, id: &str) -> Result<()> {
         match self.pod_handle(id) {
             Ok(handle) => teardown_call(&handle, Call::StopPod).await,
-            Err(_) => Ok(()),
+            Err(error) => unknown_is_done(error),
         }
     }
 
@@ -224,7 +217,7 @@ impl Pods {
     pub async fn remove_sandbox(&self, id: &str) -> Result<()> {
         match self.pod_handle(id) {
             Ok(handle) => teardown_call(&handle, Call::RemovePod).await,
-            Err(_) => Ok(()),
+            Err(error) => unknown_is_done(error),
         }
     }
 
@@ -240,7 +233,7 @@ impl Pods {
             id: pod.to_owned(),
             denial,
         })?;
-        let plan = create_container::plan(self.node(), &view, config).await?;
+        let plan = create_container::plan(self.node(), &self.inner.lookups, &view, config).await?;
         let (reply, answer) = oneshot::channel();
         let _ = handle
             .inbox
@@ -278,7 +271,7 @@ impl Pods {
                 })
                 .await
             }
-            Err(_) => Ok(()),
+            Err(error) => unknown_is_done(error),
         }
     }
 
@@ -294,7 +287,7 @@ impl Pods {
                 })
                 .await
             }
-            Err(_) => Ok(()),
+            Err(error) => unknown_is_done(error),
         }
     }
 
@@ -443,16 +436,57 @@ async fn container_call(handle: &Handle, id: &str, call: impl FnOnce(Reply<()>) 
     }
 }
 
-/// The id that `text` is, or the only one that begins with it.
-fn unambiguous<'a>(ids: impl Iterator<Item = &'a Id>, text: &str) -> Option<&'a Id> {
-    let (mut found, mut several) = (None, false);
-    for id in ids.filter(|id| !text.is_empty() && id.as_str().starts_with(text)) {
-        if id.as_str() == text {
-            return Some(id);
-        }
-        several |= found.replace(id).is_some();
+/// A teardown of what is not there has succeeded; an id that may mean several has named nothing.
+fn unknown_is_done(error: Error) -> Result<()> {
+    match error {
+        Error::NotFound { .. } => Ok(()),
+        other => Err(other),
     }
-    found.filter(|_| !several)
+}
+
+/// What an id, or a beginning of one, means among all that there are.
+struct Meant<'a, T> {
+    text: &'a str,
+    exact: bool,
+    found: Option<T>,
+    matches: usize,
+}
+
+impl<'a, T> Meant<'a, T> {
+    fn by(text: &'a str) -> Self {
+        Self {
+            text,
+            exact: false,
+            found: None,
+            matches: 0,
+        }
+    }
+
+    fn see(&mut self, id: &Id, what: impl FnOnce() -> T) {
+        if self.exact || self.text.is_empty() || !id.as_str().starts_with(self.text) {
+            return;
+        }
+        self.exact = id.as_str() == self.text;
+        self.matches += 1;
+        self.found = Some(what());
+    }
+
+    fn only(self, what: &'static str) -> Result<T> {
+        match self.found {
+            Some(_) if self.matches > 1 && !self.exact => Err(Error::invalid(
+                format!("{what} id"),
+                format!(
+                    "{:?} is the beginning of {} ids; give more of it",
+                    self.text, self.matches
+                ),
+            )),
+            Some(found) => Ok(found),
+            None => Err(Error::NotFound {
+                what,
+                id: self.text.to_owned(),
+            }),
+        }
+    }
 }
 
 /// How an image can be pulled again: by repository digest where it came from a registry, else by its id.
@@ -470,21 +504,54 @@ pub fn handler_kind(pod: &PodRecord) -> HandlerType {
     }
 }
 
+/// A process id that a pod's shim gave, as one of this node: what a guest numbers is none.
+fn host_pid(pod: &PodRecord, pid: u32) -> u32 {
+    match handler_kind(pod) {
+        HandlerType::Oci => pid,
+        HandlerType::Vm => 0,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn ids_are_found_by_an_unambiguous_beginning() {
-        let ids: Vec<Id> = ["abc1", "abd2", "ab"]
+        let ids: Vec<Id> = ["abc1", "abd2", "ab", "xyz"]
             .iter()
             .map(|id| Id::parse(id).unwrap())
             .collect();
-        let find = |text: &str| unambiguous(ids.iter(), text).map(Id::as_str);
-        assert_eq!(find("abc"), Some("abc1"));
-        assert_eq!(find("ab"), Some("ab"));
-        assert_eq!(find("a"), None);
-        assert_eq!(find(""), None);
-        assert_eq!(find("x"), None);
+        let find = |text: &str| {
+            let mut forwards = Meant::by(text);
+            let mut backwards = Meant::by(text);
+            for id in &ids {
+                forwards.see(id, || id.to_string());
+            }
+            for id in ids.iter().rev() {
+                backwards.see(id, || id.to_string());
+            }
+            let code = |meant: Meant<'_, String>| meant.only("container").map_err(|error| error.code());
+            let found = code(forwards);
+            assert_eq!(found, code(backwards), "{text}");
+            found
+        };
+        assert_eq!(find("abc"), Ok("abc1".to_owned()));
+        assert_eq!(find("ab"), Ok("ab".to_owned()));
+        assert_eq!(find("a"), Err(tonic::Code::InvalidArgument));
+        assert_eq!(find(""), Err(tonic::Code::NotFound));
+        assert_eq!(find("w"), Err(tonic::Code::NotFound));
+    }
+
+    #[test]
+    fn only_what_is_not_there_is_torn_down_already() {
+        let unknown = Meant::<()>::by("x").only("container").unwrap_err();
+        assert!(unknown_is_done(unknown).is_ok());
+        let mut several = Meant::by("a");
+        for id in ["ab", "ac", "ad"] {
+            several.see(&Id::parse(id).unwrap(), || ());
+        }
+        let error = unknown_is_done(several.only("container").unwrap_err()).unwrap_err();
+        assert!(error.to_string().contains("beginning of 3 ids"), "{error}");
     }
 }

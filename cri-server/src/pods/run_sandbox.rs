@@ -19,9 +19,10 @@ use tokio_util::sync::CancellationToken;
 use super::files::Files;
 use super::record::PodRecord;
 use super::state::PodState;
+use super::steps::Steps;
 use super::undo::{Undo, UndoFailure};
-use super::{network, teardown, vm};
-use crate::config::{CgroupDriver, HandlerType};
+use super::{network, teardown, update_sandbox, vm};
+use crate::config::{CgroupDriver, Config, HandlerType};
 use crate::cri::api::{NamespaceMode, NamespaceOption, PodSandboxConfig};
 use crate::error::{Error, Result, chain};
 use crate::node::{Node, now_ns};
@@ -73,6 +74,7 @@ pub(super) async fn plan(node: &Node, config: PodSandboxConfig, handler: &str) -
     }
     network::port_mappings(&config)?;
     network::bandwidth(&config)?;
+    update_sandbox::verify_linux(config.linux.as_ref())?;
     handler.shim()?;
     let id = Id::random().map_err(Error::io("read", "/dev/urandom"))?;
     let runtime = match handler.kind {
@@ -176,19 +178,43 @@ fn pod_spec(
             pid,
             user: user_namespace(&options),
         },
-        sysctls: config
-            .linux
-            .as_ref()
-            .map(|linux| linux.sysctls.clone())
-            .unwrap_or_default()
-            .into_iter()
-            .collect(),
+        sysctls: sysctls(&node.config, config),
         cgroup_parent: cgroup_parent.to_owned(),
         systemd_cgroup: node.config.cgroup_driver == CgroupDriver::Systemd,
         shm_bytes: SHM_BYTES,
         privileged: security.privileged,
         runtime,
     })
+}
+
+/// The pod's sysctls, and what a pod with a network namespace of its own gets besides unless it says otherwise: so
+/// that processes without privileges can bind low ports and ping, as with containerd 2.
+fn sysctls(node: &Config, config: &PodSandboxConfig) -> BTreeMap<String, String> {
+    let linux = config.linux.clone().unwrap_or_default();
+    let options = linux
+        .security_context
+        .and_then(|security| security.namespace_options)
+        .unwrap_or_default();
+    let mut sysctls: BTreeMap<String, String> = linux.sysctls.into_iter().collect();
+    if options.network() == NamespaceMode::Node {
+        return sysctls;
+    }
+    // In a user namespace the range would hold groups that are not mapped, which the kernel refuses.
+    let ping = node.enable_unprivileged_icmp && user_namespace(&options).is_none();
+    for (wanted, name, value) in [
+        (
+            node.enable_unprivileged_ports,
+            "net.ipv4.ip_unprivileged_port_start",
+            "0",
+        ),
+        (ping, "net.ipv4.ping_group_range", "0 2147483647"),
+    ] {
+        let set = sysctls.contains_key(name) || sysctls.contains_key(&name.replace('.', "/"));
+        if wanted && !set {
+            sysctls.insert(name.to_owned(), value.to_owned());
+        }
+    }
+    sysctls
 }
 
 fn wants_user_namespace(config: &PodSandboxConfig) -> bool {
@@ -228,9 +254,9 @@ pub(super) async fn run(
     announced: Written,
     cancel: CancellationToken,
 ) -> Result<Started, Failed> {
-    let mut undo = Undo::default();
+    let (mut undo, steps) = (Undo::default(), Steps::default());
     let result = tokio::select! {
-        result = begin(&node, &pod, announced, &mut undo) => result,
+        result = begin(&node, &pod, announced, (&mut undo, &steps)) => result,
         () = cancel.cancelled() => Err(Error::Aborted(format!("pod sandbox {} was stopped while it was created", pod.id))),
     };
     match result {
@@ -238,10 +264,11 @@ pub(super) async fn run(
         Err(error) => {
             tracing::info!(pod = %pod.id, error = %chain(&error), "undoing a pod sandbox");
             node.nri.undo_pod(pod.id.as_str(), || crate::nri::pod(&pod)).await;
-            Err(Failed {
-                error,
-                left: undo.run().await,
-            })
+            let mut left = steps.settle().await;
+            if left.is_empty() {
+                left = undo.run().await;
+            }
+            Err(Failed { error, left })
         }
     }
 }
@@ -250,7 +277,7 @@ async fn begin(
     node: &Arc<Node>,
     pod: &Arc<PodRecord>,
     announced: Written,
-    undo: &mut Undo,
+    (undo, steps): (&mut Undo, &Steps),
 ) -> Result<Started> {
     announced.durable().await?;
     let attaching = Attaching::default();
@@ -267,14 +294,7 @@ async fn begin(
             .map_err(Error::io("create", &pod.config.log_directory))?;
     }
     if pod.owns_cgroup {
-        let path = pod.cgroup_parent.clone();
-        teardown::blocking(move || {
-            catamaran_cgroups::create(&path).map_err(|e| Error::Cgroup {
-                problem: chain(&e),
-                path,
-            })
-        })
-        .await?;
+        steps.run(make_cgroup(pod.clone())).await?;
     }
     // The shim starts while the namespace is made, and makes the sandbox while CNI configures it. In a pod with a
     // user namespace the shim makes the network namespace too, so that the user namespace owns it; CNI comes after.
@@ -303,7 +323,11 @@ async fn begin(
                 }
                 netns.clone()
             }
-            _ => node.network.create_netns(pod.id.as_str()).await?,
+            _ => {
+                let (node, id) = (node.clone(), pod.id.clone());
+                let made = async move { Ok(node.network.create_netns(id.as_str()).await?) };
+                steps.run(made).await?
+            }
         };
         let _ = netns_made.send(());
         attaching.begin(node, network::pod_network(pod, netns)?).await
@@ -321,6 +345,20 @@ async fn begin(
     };
     node.nri.run_pod(pod.id.as_str(), ready).await?;
     Ok(Started { shim, ips, info })
+}
+
+/// The pod's own cgroup, limited as a later UpdatePodSandboxResources would limit it.
+async fn make_cgroup(pod: Arc<PodRecord>) -> Result<()> {
+    let path = pod.cgroup_parent.clone();
+    teardown::blocking(move || {
+        catamaran_cgroups::create(&path).map_err(|e| Error::Cgroup {
+            problem: chain(&e),
+            path,
+        })
+    })
+    .await?;
+    let linux = pod.config.linux.as_ref();
+    update_sandbox::limit_cgroup(&pod, &update_sandbox::PodResources::of(linux)).await
 }
 
 /// A CNI ADD in its own task: a plugin that is at work when the pod's creation fails is better let finish than
@@ -386,4 +424,58 @@ fn push_undo(node: &Arc<Node>, pod: &Arc<PodRecord>, undo: &mut Undo, attaching:
             .await
             .map_err(text)
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cri::api::{LinuxPodSandboxConfig, LinuxSandboxSecurityContext};
+
+    #[test]
+    fn pods_can_bind_low_ports_and_ping_without_privileges() {
+        let pod = |set: &[(&str, &str)], options: NamespaceOption| PodSandboxConfig {
+            linux: Some(LinuxPodSandboxConfig {
+                sysctls: set
+                    .iter()
+                    .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+                    .collect(),
+                security_context: Some(LinuxSandboxSecurityContext {
+                    namespace_options: Some(options),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let (ports, ping) = ("net.ipv4.ip_unprivileged_port_start", "net.ipv4.ping_group_range");
+        let config = Config::default();
+        let of = |set: &[(&str, &str)], options| sysctls(&config, &pod(set, options));
+        let plain = of(&[], NamespaceOption::default());
+        assert_eq!(
+            (plain[ports].as_str(), plain[ping].as_str()),
+            ("0", "0 2147483647")
+        );
+        let set = of(
+            &[(ports, "80"), ("net/ipv4/ping_group_range", "1 0")],
+            NamespaceOption::default(),
+        );
+        assert_eq!((set.len(), set[ports].as_str()), (2, "80"));
+        let host = NamespaceOption {
+            network: NamespaceMode::Node.into(),
+            ..Default::default()
+        };
+        assert!(of(&[], host).is_empty());
+        let user = NamespaceOption {
+            userns_options: Some(crate::cri::api::UserNamespace::default()),
+            ..Default::default()
+        };
+        assert_eq!(of(&[], user).keys().collect::<Vec<_>>(), [ports]);
+        let off = Config {
+            enable_unprivileged_ports: false,
+            enable_unprivileged_icmp: false,
+            ..Config::default()
+        };
+        assert!(sysctls(&off, &PodSandboxConfig::default()).is_empty());
+        assert_eq!(sysctls(&config, &PodSandboxConfig::default()).len(), 2);
+    }
 }
