@@ -19,6 +19,7 @@ fn main() -> ExitCode {
         .both("host_ports", host_ports)
         .both("resolv_conf_hosts_and_hostname", names)
         .both("pod_sysctls", sysctls)
+        .both("low_ports_and_ping_need_no_privileges", unprivileged)
         .both("a_shared_pid_namespace", shared_pid)
         .both("ipc_and_shm_are_the_pods", ipc)
         .one(Handler::Runc, "host_network_pid_and_ipc", host_namespaces)
@@ -161,6 +162,23 @@ fn sysctls(t: &Case<'_>) -> Result<()> {
     let script = "cat /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/sys/kernel/shm_rmid_forced";
     let logs = t.run_script(&pod, "main", script)?;
     ensure!(logs == "80\n1\n", "{logs}");
+    Ok(())
+}
+
+fn unprivileged(t: &Case<'_>) -> Result<()> {
+    let pod = t.pod()?;
+    let script = "cat /proc/sys/net/ipv4/ping_group_range | tr '\\t' ' '; id -u; \
+                  nc -l -p 80 </dev/null >/tmp/n 2>&1 & sleep 1; netstat -ltn | grep -c ':80 '";
+    let security = "/linux/security_context";
+    let request = t
+        .script("main", script)
+        .set(&format!("{security}/run_as_user"), json!({"value": 1000}))
+        .set(
+            &format!("{security}/capabilities"),
+            json!({"drop_capabilities": ["ALL"]}),
+        );
+    let logs = t.run(&pod, &request)?.logs;
+    ensure!(logs == "0 2147483647\n1000\n1\n", "{logs}");
     Ok(())
 }
 

@@ -280,7 +280,7 @@ fn declared_volumes(t: &Case<'_>) -> Result<()> {
     std::fs::create_dir_all(&given)?;
     std::fs::write(given.join("file"), "of the pod")?;
     let pod = t.pod()?;
-    let script = "cat /data/seed /given/file; echo; stat -c '%u:%g %a' /data/seed; stat -c %a /data; ls /cache; \
+    let script = "cat /data/seed /given/file; echo; stat -c '%u:%g %a' /data/seed; stat -Lc %a /data; ls /cache; \
                   echo x > /data/new && echo x > /cache/new && echo wrote; (echo x > /new) 2>/dev/null || echo no; \
                   echo ready; sleep 1000 & wait";
     let request = Request::script("main", &image, script)
