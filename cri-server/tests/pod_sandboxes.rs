@@ -3,7 +3,7 @@
 
 mod daemon;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use catamaran::cri::api::{
     CheckpointContainerRequest, ListPodSandboxRequest, PodSandboxState, PodSandboxStatusRequest,
@@ -228,6 +228,120 @@ async fn a_daemon_killed_while_it_created_a_pod_undoes_it_at_its_next_start() {
 }
 
 #[tokio::test]
+async fn an_undo_that_hangs_does_not_hold_the_start_and_a_retry_waits_for_it() {
+    real_shim();
+    let mut daemon = Daemon::start("").await;
+    let other = run(&daemon, "other").await;
+    daemon.plugin("hang", true);
+    let mut client = daemon.client().await;
+    let caller = tokio::spawn(async move { client.run_pod_sandbox(pod("a")).await });
+    while daemon.cni_calls() != ["ADD", "ADD"] {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    daemon.kill();
+    assert!(caller.await.unwrap().is_err());
+    daemon.plugin("hang-del", true);
+    daemon.plugin("hang", false);
+    let begun = Instant::now();
+    daemon.spawn().await;
+    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+    // What is being undone is not listed; what lives is served.
+    assert_eq!(
+        states(&daemon).await,
+        [(other.clone(), PodSandboxState::SandboxReady)]
+    );
+    let mut client = daemon.client().await;
+    let retry = tokio::spawn(async move { client.run_pod_sandbox(pod("a")).await });
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(
+        !retry.is_finished(),
+        "the name is in use until the undo has ended"
+    );
+    daemon.plugin("hang-del", false);
+    let id = retry.await.unwrap().unwrap().into_inner().pod_sandbox_id;
+    for id in [&id, &other] {
+        remove(&daemon, id).await;
+    }
+    assert_eq!(daemon.left().await, Vec::<String>::new());
+}
+
+fn signal(name: &str, pid: i32) {
+    let status = std::process::Command::new("kill")
+        .args([name, &pid.to_string()])
+        .status()
+        .unwrap();
+    assert!(status.success());
+}
+
+#[tokio::test]
+async fn a_shim_that_is_slow_while_the_daemon_starts_is_adopted() {
+    real_shim();
+    let mut daemon = Daemon::start("").await;
+    let id = run(&daemon, "a").await;
+    let shim = daemon.shim_of(&id);
+    signal("-STOP", shim);
+    daemon.kill();
+    daemon.spawn().await;
+    assert_eq!(
+        states(&daemon).await,
+        [(id.clone(), PodSandboxState::SandboxReady)]
+    );
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    signal("-CONT", shim);
+    for _ in 0..100 {
+        let mut client = daemon.client().await;
+        let request = PodSandboxStatusRequest {
+            verbose: true,
+            ..status_of(&id)
+        };
+        let info = client
+            .pod_sandbox_status(request)
+            .await
+            .unwrap()
+            .into_inner()
+            .info;
+        if info["info"].contains(r#""shimAlive":true"#) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(
+        states(&daemon).await,
+        [(id.clone(), PodSandboxState::SandboxReady)]
+    );
+    assert_eq!(daemon.shim_of(&id), shim);
+    remove(&daemon, &id).await;
+    assert_eq!(daemon.left().await, Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_pod_whose_shim_hangs_can_be_stopped() {
+    real_shim();
+    let mut daemon = Daemon::start("").await;
+    let id = run(&daemon, "a").await;
+    signal("-STOP", daemon.shim_of(&id));
+    daemon.kill();
+    daemon.spawn().await;
+    remove(&daemon, &id).await;
+    assert_eq!(daemon.left().await, Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn what_no_record_names_is_removed() {
+    real_shim();
+    let mut daemon = Daemon::start("").await;
+    let (dead, alive) = (run(&daemon, "dead").await, run(&daemon, "alive").await);
+    let shim = daemon.shim_of(&dead);
+    daemon.kill();
+    signal("-KILL", shim);
+    assert!(daemon.shims().len() == 1, "the shim of {alive} lives");
+    std::fs::remove_file(daemon.path("root/state.redb")).unwrap();
+    daemon.spawn().await;
+    assert_eq!(states(&daemon).await, []);
+    assert_eq!(daemon.left().await, Vec::<String>::new());
+}
+
+#[tokio::test]
 async fn a_daemon_that_was_killed_takes_its_pods_over() {
     real_shim();
     let mut daemon = Daemon::start("").await;
@@ -264,14 +378,7 @@ async fn a_pod_whose_shim_died_is_not_ready_and_can_be_removed() {
     real_shim();
     let mut daemon = Daemon::start("").await;
     let (seen, unseen) = (run(&daemon, "seen").await, run(&daemon, "unseen").await);
-    let kill = |pid: i32| {
-        let status = std::process::Command::new("kill")
-            .args(["-9", &pid.to_string()])
-            .status()
-            .unwrap();
-        assert!(status.success());
-    };
-    kill(daemon.shim_of(&seen));
+    signal("-KILL", daemon.shim_of(&seen));
     for _ in 0..200 {
         if states(&daemon)
             .await
@@ -288,7 +395,7 @@ async fn a_pod_whose_shim_died_is_not_ready_and_can_be_removed() {
     );
     let other = daemon.shim_of(&unseen);
     daemon.kill();
-    kill(other);
+    signal("-KILL", other);
     daemon.spawn().await;
     assert!(
         states(&daemon)

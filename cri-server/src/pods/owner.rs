@@ -4,6 +4,8 @@
 //! snapshot that readers see.
 
 mod completions;
+mod found;
+mod records;
 mod update_pod;
 
 use std::collections::{BTreeMap, HashMap};
@@ -17,19 +19,20 @@ use tokio_util::sync::CancellationToken;
 
 use super::create_container::Plan;
 use super::record::{ContainerKey, ContainerRecord, Exit, PodRecord, PodView};
+use super::recover::{Found, Start, Told};
 use super::run_sandbox::{Failed, Started};
 use super::state::{Admission, ContainerState, PodState, Request, admit};
+use super::update_container::{Turn, Updated};
 use super::update_sandbox::PodResources;
 use super::{
     Pods, create_container, remove_container, remove_sandbox, run_sandbox, start_container, stop_container,
     stop_sandbox, update_container,
 };
-use crate::cri::api::{ContainerEventType, LinuxContainerResources};
-use crate::cri::convert::event;
+use crate::cri::api::LinuxContainerResources;
 use crate::error::{Error, Result};
-use crate::node::{Node, now_ns};
+use crate::node::Node;
 use crate::shim::Shim;
-use crate::store::{Table, Written};
+use crate::store::Table;
 
 /// Where a request's result goes; several callers may share one.
 pub(super) type Reply<T> = oneshot::Sender<Result<T, Arc<Error>>>;
@@ -44,6 +47,8 @@ pub(super) enum Message {
     Exited { container: Id, exit: Exit },
     /// The shim lives, on a new connection.
     Reconnected(Shim),
+    /// The connection to the shim broke; it lives and cannot be reached.
+    Disconnected,
     /// The sandbox has ended without being asked to.
     SandboxEnded { problem: String, shim_died: bool },
 }
@@ -79,8 +84,22 @@ pub(super) enum Done {
     ContainerStarted(Id, Result<u32>),
     ContainerStopped(Id, Result<()>),
     ContainerRemoved(Id, Result<()>),
-    ContainerUpdated(Id, Result<LinuxContainerResources>, Reply<()>),
+    ContainerUpdated(Id, Result<Updated>, Reply<()>),
     PodUpdated(Result<Box<PodResources>>, Reply<()>),
+    /// The creation that a former daemon had begun is undone, or why not.
+    Undone(Result<(), String>),
+    /// As [`Done::Undone`], of a container.
+    ContainerUndone(Id, Result<(), String>),
+    /// What the daemon's start found of the shim.
+    Found(Found),
+    /// What the shim says of containers whose states are in doubt.
+    Told(Vec<Told>),
+    /// An exit that came before the answer to the start has been held back long enough.
+    ExitHeld(Id),
+    /// What outlived a dead shim was ended.
+    CleanedUp(Result<()>),
+    /// It is time to try that again.
+    CleanUpAgain,
 }
 
 /// A creation at work, with those who wait for it.
@@ -107,6 +126,12 @@ struct AtWork {
     starting: HashMap<Id, Vec<Reply<()>>>,
     stopping: HashMap<Id, Stopping>,
     removing: HashMap<Id, Vec<Reply<()>>>,
+    /// Containers whose interrupted creation is being undone, with requests for the same name.
+    undoing: HashMap<Id, Vec<(Plan, Reply<Id>)>>,
+    /// The daemon's start looks for the shim; requests that wait for what it finds.
+    look: Option<Vec<Call>>,
+    /// What outlived a dead shim is being ended; requests that wait for that.
+    cleanup: Option<Vec<Call>>,
 }
 
 /// See the module.
@@ -116,9 +141,19 @@ pub(super) struct Owner {
     pod: Arc<PodRecord>,
     containers: BTreeMap<Id, Arc<ContainerRecord>>,
     shim: Option<Shim>,
+    /// The shim lives and cannot be reached; a task of its own reaches for it.
+    silent: bool,
     view: watch::Sender<Arc<PodView>>,
     me: mpsc::WeakUnboundedSender<Message>,
     at_work: AtWork,
+    /// Until the pod that was found at the daemon's start is in order.
+    start: Option<Start>,
+    /// Ends seen before the answer to the start.
+    early_exits: HashMap<Id, Exit>,
+    /// Failed attempts to end what outlived a dead shim.
+    failed_cleanups: u32,
+    /// One update of a container at a time.
+    updates: HashMap<Id, Arc<tokio::sync::Mutex<()>>>,
     /// Created, and those who asked had gone: the next who asks the same is given it.
     unclaimed: Vec<Id>,
 }
@@ -134,7 +169,7 @@ impl Owner {
     /// Starts the task of a pod that is being created.
     pub(super) fn create(node: Arc<Node>, pods: Pods, pod: PodRecord, reply: Reply<Id>) -> Handle {
         let announced = node.store.put(Table::Pods, pod.id.as_str(), &pod);
-        let (mut owner, handle, inbox) = Self::new(node, pods, pod, BTreeMap::new(), None);
+        let (mut owner, handle, inbox) = Self::new(node, pods, pod, BTreeMap::new());
         let cancel = CancellationToken::new();
         owner.at_work.creation = Some(Creation {
             cancel: cancel.clone(),
@@ -148,33 +183,18 @@ impl Owner {
         handle
     }
 
-    /// Starts the task of a pod that was found at the daemon's start.
-    pub(super) fn adopt(
-        node: Arc<Node>,
-        pods: Pods,
-        pod: PodRecord,
-        containers: BTreeMap<Id, Arc<ContainerRecord>>,
-        shim: Option<Shim>,
-    ) -> Handle {
-        let (owner, handle, inbox) = Self::new(node, pods, pod, containers, shim);
-        owner.watch_all();
-        tokio::spawn(owner.run(inbox));
-        handle
-    }
-
     fn new(
         node: Arc<Node>,
         pods: Pods,
         pod: PodRecord,
         containers: BTreeMap<Id, Arc<ContainerRecord>>,
-        shim: Option<Shim>,
     ) -> (Self, Handle, mpsc::UnboundedReceiver<Message>) {
         let (sender, inbox) = mpsc::unbounded_channel();
         let pod = Arc::new(pod);
         let first = PodView {
             pod: pod.clone(),
             containers: containers.clone(),
-            shim: shim.clone(),
+            shim: None,
         };
         let (view, seen) = watch::channel(Arc::new(first));
         let me = sender.downgrade();
@@ -189,10 +209,15 @@ impl Owner {
                 pods,
                 pod,
                 containers,
-                shim,
+                shim: None,
+                silent: false,
                 view,
                 me,
                 at_work,
+                start: None,
+                early_exits: HashMap::new(),
+                failed_cleanups: 0,
+                updates: HashMap::new(),
                 unclaimed: Vec::new(),
             },
             handle,
@@ -214,9 +239,14 @@ impl Owner {
                         return;
                     }
                 }
+                Message::Done(Done::Undone(Ok(()))) => {
+                    self.undone().await;
+                    return;
+                }
                 Message::Done(done) => self.done(done),
                 Message::Exited { container, exit } => self.exited(&container, exit),
                 Message::Reconnected(shim) => self.reconnected(shim),
+                Message::Disconnected => self.disconnected(),
                 Message::SandboxEnded { problem, shim_died } => self.sandbox_ended(problem, shim_died),
             }
         }
@@ -235,6 +265,9 @@ impl Owner {
     // --- requests ---
 
     fn call(&mut self, call: Call) {
+        let Some(call) = self.wait_for_order(call) else {
+            return;
+        };
         match call {
             Call::Join(reply) => self.join(reply),
             Call::StopPod(reply) => self.stop_pod(reply),
@@ -311,6 +344,7 @@ impl Owner {
         for creation in self.at_work.creating.values() {
             creation.cancel.cancel();
         }
+        self.let_exits_go();
         let announced = self.change_pod(|pod| pod.state = PodState::Stopping);
         let (node, shim, view) = (self.node.clone(), self.shim.clone(), self.view.subscribe());
         self.begin(async move { Done::Stopped(stop_sandbox::run(node, shim, view, announced).await) });
@@ -337,6 +371,7 @@ impl Owner {
             || self.at_work.stop.is_some()
             || self.at_work.removal.is_some()
             || !self.at_work.creating.is_empty()
+            || !self.at_work.undoing.is_empty()
             || !self.at_work.removing.is_empty();
         if self.at_work.removal_wanted.is_empty() {
             return;
@@ -359,6 +394,8 @@ impl Owner {
         if let Some(existing) = self.container_named(&key) {
             if let Some(creation) = self.at_work.creating.get_mut(&existing) {
                 creation.waiting.push(reply);
+            } else if let Some(waiting) = self.at_work.undoing.get_mut(&existing) {
+                waiting.push((plan, reply));
             } else if let Some(at) = self.unclaimed.iter().position(|id| *id == existing) {
                 self.unclaimed.swap_remove(at);
                 answer(vec![reply], &Ok(existing));
@@ -404,34 +441,39 @@ impl Owner {
 
     fn start_container(&mut self, id: Id, reply: Reply<()>) {
         match self.admit(Some(&id), Request::StartContainer) {
-            Ok(Admission::Begin) => {
-                let Some(shim) = self.shim.clone() else {
-                    return answer(vec![reply], &Err(Arc::new(no_shim(&self.pod.id))));
-                };
-                let announced = self.change_container(&id, |c| c.state = ContainerState::Starting);
-                let Some(container) = self.containers.get(&id).cloned() else {
-                    return answer(vec![reply], &Ok(()));
-                };
-                self.at_work.starting.insert(id.clone(), vec![reply]);
-                let (node, pod) = (self.node.clone(), self.pod.clone());
-                self.begin(async move {
-                    let started = start_container::run(node, pod, container, shim, announced).await;
-                    Done::ContainerStarted(id, started)
-                });
-            }
-            Ok(Admission::Join) => self.at_work.starting.entry(id).or_default().push(reply),
+            Ok(Admission::Begin | Admission::Join) => match self.at_work.starting.get_mut(&id) {
+                Some(waiting) => waiting.push(reply),
+                // Nobody is at it where an attempt lost its shim's connection; the shim takes it once.
+                None => self.begin_start(id, vec![reply]),
+            },
             Ok(Admission::Done) => answer(vec![reply], &Ok(())),
             Err(error) => answer(vec![reply], &Err(error)),
         }
     }
 
+    fn begin_start(&mut self, id: Id, replies: Vec<Reply<()>>) {
+        let Some(shim) = self.shim.clone() else {
+            return answer(replies, &Err(Arc::new(no_shim(&self.pod.id))));
+        };
+        let announced = self.change_container(&id, |c| c.state = ContainerState::Starting);
+        let Some(container) = self.containers.get(&id).cloned() else {
+            return answer(replies, &Ok(()));
+        };
+        self.at_work.starting.insert(id.clone(), replies);
+        let (node, pod) = (self.node.clone(), self.pod.clone());
+        self.begin(async move {
+            let started = start_container::run(node, pod, container, shim, announced).await;
+            Done::ContainerStarted(id, started)
+        });
+    }
+
     fn stop_container(&mut self, id: Id, grace: Duration, reply: Reply<()>) {
         let deadline = Instant::now() + grace.min(Duration::from_secs(u32::MAX.into()));
+        self.let_exit_go(&id);
         match self.admit(Some(&id), Request::StopContainer) {
             Ok(Admission::Begin) => {
                 let Some(shim) = self.shim.clone() else {
-                    self.exited(&id, Exit::unknown("its shim is gone", now_ns()));
-                    return answer(vec![reply], &Ok(()));
+                    return self.without_shim(Call::StopContainer(id, grace, reply));
                 };
                 let signal = self
                     .containers
@@ -469,8 +511,7 @@ impl Owner {
                 }
                 // The state says so, yet nobody is at it (a stop that failed): it begins again.
                 None => {
-                    self.change_container(&id, |c| c.state = ContainerState::Running)
-                        .queued();
+                    self.not_stopped(&id);
                     self.stop_container(id, grace, reply);
                 }
             },
@@ -479,7 +520,28 @@ impl Owner {
         }
     }
 
+    /// A stop that has not ended the container.
+    fn not_stopped(&mut self, id: &Id) {
+        let starting = self.at_work.starting.contains_key(id);
+        self.change_container(id, |c| {
+            c.state = match c.started_at_ns {
+                _ if c.state != ContainerState::Stopping => c.state,
+                0 if starting => ContainerState::Starting,
+                0 => ContainerState::Created,
+                _ => ContainerState::Running,
+            }
+        })
+        .queued();
+    }
+
     fn remove_container(&mut self, id: Id, reply: Reply<()>) {
+        let over = self.containers.get(&id).is_none_or(|c| c.exit.is_some());
+        if self.shim.is_none()
+            && (self.silent || !over)
+            && self.admit(Some(&id), Request::RemoveContainer).is_ok()
+        {
+            return self.without_shim(Call::RemoveContainer(id, reply));
+        }
         match self.admit(Some(&id), Request::RemoveContainer) {
             Ok(Admission::Begin) => self.begin_container_removal(id, vec![reply]),
             Ok(Admission::Join) => match self.at_work.removing.get_mut(&id) {
@@ -515,110 +577,26 @@ impl Owner {
             (Ok(_), None) => return answer(vec![reply], &Err(Arc::new(no_shim(&self.pod.id)))),
             (Err(error), _) => return answer(vec![reply], &Err(error)),
         };
+        let turn = Turn {
+            lock: self.updates.entry(id.clone()).or_default().clone(),
+            view: self.view.subscribe(),
+        };
         let (node, id) = (self.node.clone(), id.clone());
         let pod = self.pod.clone();
         self.begin(async move {
             let result = match asker {
-                Asker::Cri => update_container::with_plugins(node, shim, pod, container, wanted).await,
-                Asker::Plugin => update_container::run(&node, &shim, &pod, &container, &wanted).await,
+                Asker::Cri => update_container::with_plugins(node, shim, pod, container, wanted, turn).await,
+                Asker::Plugin => {
+                    update_container::in_turn(&node, &shim, &pod, &container, &wanted, turn).await
+                }
             };
             Done::ContainerUpdated(id, result, reply)
         });
     }
-
-    // --- records ---
-
-    fn change_pod(&mut self, change: impl FnOnce(&mut PodRecord)) -> Written {
-        change(Arc::make_mut(&mut self.pod));
-        self.publish();
-        self.node.store.put(Table::Pods, self.pod.id.as_str(), &*self.pod)
-    }
-
-    fn change_container(&mut self, id: &Id, change: impl FnOnce(&mut ContainerRecord)) -> Written {
-        if let Some(container) = self.containers.get_mut(id) {
-            change(Arc::make_mut(container));
-        }
-        self.publish_container(id)
-    }
-
-    fn publish_container(&self, id: &Id) -> Written {
-        self.publish();
-        match self.containers.get(id) {
-            Some(container) => self.node.store.put(Table::Containers, id.as_str(), &**container),
-            None => Written::already(),
-        }
-    }
-
-    fn publish(&self) {
-        let view = PodView {
-            pod: self.pod.clone(),
-            containers: self.containers.clone(),
-            shim: self.shim.clone(),
-        };
-        self.view.send_replace(Arc::new(view));
-    }
-
-    /// Plugins are told that a container has ended.
-    fn tell_end(&self, id: &Id) {
-        let (node, pod) = (self.node.clone(), self.pod.clone());
-        if let Some(container) = self.containers.get(id).cloned() {
-            let pair = move || crate::nri::pair(&node, &pod, &container);
-            self.node.nri.container_ended(id.as_str(), pair);
-        }
-    }
-
-    fn send_event(&self, id: &Id, kind: ContainerEventType) {
-        let view = self.view.borrow().clone();
-        self.node.events.send(|| event(&view, id, kind));
-    }
-
-    /// A creation that was undone: the record goes, then the name, then those who wait are told. Whoever
-    /// asked for the pod's end has it.
-    async fn forget(mut self, waiting: Vec<Reply<Id>>, error: Arc<Error>) {
-        if let Err(error) = self
-            .node
-            .store
-            .remove(Table::Pods, self.pod.id.as_str())
-            .durable()
-            .await
-        {
-            // The record would only be undone once more at the next start.
-            tracing::warn!(pod = %self.pod.id, %error, "the record of an undone pod stays");
-        }
-        self.pods.forget(&self.pod.id);
-        self.node.nri.forget(self.pod.id.as_str());
-        answer(waiting, &Err(error));
-        answer(self.at_work.stop.take().unwrap_or_default(), &Ok(()));
-        answer(std::mem::take(&mut self.at_work.removal_wanted), &Ok(()));
-    }
-
-    /// A removal that is complete: the records go, then the names, then the answer.
-    async fn gone(mut self) {
-        let mut written: Vec<Written> = self
-            .containers
-            .keys()
-            .map(|id| self.node.store.remove(Table::Containers, id.as_str()))
-            .collect();
-        written.push(self.node.store.remove(Table::Pods, self.pod.id.as_str()));
-        let mut result: Result<(), Arc<Error>> = Ok(());
-        for write in written {
-            if let Err(error) = write.durable().await {
-                result = Err(Arc::new(error.into()));
-            }
-        }
-        self.send_event(&self.pod.id, ContainerEventType::ContainerDeletedEvent);
-        self.pods.forget(&self.pod.id);
-        for id in self.containers.keys().chain([&self.pod.id]) {
-            self.node.nri.forget(id.as_str());
-        }
-        let mut waiting = self.at_work.removal.take().unwrap_or_default();
-        waiting.append(&mut self.at_work.removal_wanted);
-        answer(waiting, &result);
-    }
 }
 
 fn no_shim(pod: &Id) -> Error {
-    Error::Unavailable(format!("the shim of pod sandbox {pod} is gone"))
+    Error::Unavailable(format!("the shim of pod sandbox {pod} cannot be reached"))
 }
 
 /// Gives all the same result. A caller that has gone needs none.
@@ -626,16 +604,4 @@ fn answer<T: Clone>(replies: Vec<Reply<T>>, result: &Result<T, Arc<Error>>) {
     for reply in replies {
         let _ = reply.send(result.clone());
     }
-}
-
-/// As [`answer`], once the record is durable.
-fn answer_when<T: Clone + Send + 'static>(written: Written, replies: Vec<Reply<T>>, value: T) {
-    tokio::spawn(async move {
-        let result = written
-            .durable()
-            .await
-            .map(|()| value)
-            .map_err(|error| Arc::new(error.into()));
-        answer(replies, &result);
-    });
 }

@@ -20,7 +20,7 @@ pub(super) async fn run(
     view: watch::Receiver<Arc<PodView>>,
     announced: Written,
 ) -> Result<()> {
-    announced.durable().await?;
+    announced.attempted().await;
     let told = view.clone();
     if let Some(shim) = shim {
         if container.exit.is_none() {
@@ -34,10 +34,8 @@ pub(super) async fn run(
             };
             stop_container::run(stop, crate::store::Written::already()).await?;
         }
-        match shim.delete(container.id.as_str()).await {
-            Err(error) if !error.is_gone() => return Err(error.into()),
-            _ => {}
-        }
+        // Whatever is on record, what the shim says of it counts.
+        teardown::end_task(&node, &container.pod, &shim, container.id.as_str()).await?;
     }
     tell_plugins(&node, &container, &told).await;
     teardown::remove_container_bundle(&node, &container.pod, &container.id).await?;

@@ -20,7 +20,7 @@ pub(super) async fn run(
     view: watch::Receiver<Arc<PodView>>,
     announced: Written,
 ) -> Result<()> {
-    announced.durable().await?;
+    announced.attempted().await;
     let current = view.borrow().clone();
     if was != PodState::Stopped {
         stop_sandbox::run(node.clone(), shim, view, Written::already()).await?;

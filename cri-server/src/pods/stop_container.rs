@@ -29,7 +29,7 @@ pub(super) struct Stop {
 
 /// Returns when the container's end is recorded.
 pub(super) async fn run(mut stop: Stop, announced: Written) -> Result<()> {
-    announced.durable().await?;
+    announced.attempted().await;
     let id = stop.container.to_string();
     if *stop.deadline.borrow() > Instant::now() && stop.signal != SIGKILL {
         stop.shim.kill(&id, stop.signal, false).await?;

@@ -28,7 +28,7 @@ pub(super) async fn run(
     view: watch::Receiver<Arc<PodView>>,
     announced: Written,
 ) -> Result<()> {
-    announced.durable().await?;
+    announced.attempted().await;
     let pod = view.borrow().pod.clone();
     let watched = shim.is_some();
     tell_plugins(&node, shim.as_ref(), &view).await;

@@ -4,17 +4,21 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use catamaran_sandbox::id::Id;
 use catamaran_sandbox::pod_spec::RuntimeSpec;
 use rustix::mount::{UnmountFlags, unmount};
 
 use super::record::PodRecord;
+use super::watch;
 use crate::error::{Error, Result, chain};
 use crate::handlers::{RUNC_SHIM, RUNV_SHIM};
 use crate::node::Node;
-use crate::shim::{Launch, Shim, ShimError, find_shim};
+use crate::shim::{Launch, Shim, ShimError, TaskState, absent_is_fine, find_shim, lives};
+
+/// Time that a creation which nobody waits for any more has to end: what Task.Create itself has.
+pub(super) const CREATION_LIMIT: Duration = Duration::from_secs(120);
 
 /// Time that StopSandbox gives the processes to be gone once they were killed.
 pub(super) const STOP_GRACE: Duration = Duration::from_secs(10);
@@ -26,7 +30,7 @@ pub(super) fn launch(node: &Node, pod: &PodRecord) -> Result<Launch> {
         .resolve(&pod.handler)
         .and_then(|handler| handler.shim())
     {
-        Ok(path) => path.to_owned(),
+        Ok(path) => path,
         // The handler may have gone from the configuration while its pods lived.
         Err(error) => {
             let name = match &pod.spec.runtime {
@@ -61,16 +65,19 @@ where
     }
     let shim = match shim {
         Some(shim) => Some(shim),
-        None => Shim::connect(pod.id.as_str(), &node.dirs.socket(&pod.id))
-            .await
-            .ok(),
+        // One that is silent is not waited for: it is ended like a dead one.
+        None => watch::connect(&pod.id, &node.dirs.socket(&pod.id)).await.ok(),
     };
     if let Some(shim) = shim {
         match shim.stop_sandbox(STOP_GRACE).await {
             Ok(()) => {
                 before_shutdown(shim.clone()).await?;
-                shim.shutdown().await?;
-                return Ok(());
+                match shim.shutdown().await {
+                    Err(error @ ShimError::Timeout { .. }) => {
+                        tracing::warn!(pod = %pod.id, error = %chain(&error), "the shim does not end; cleaning up")
+                    }
+                    ended => return Ok(ended?),
+                }
             }
             Err(ShimError::Refused { verb, code, message }) => {
                 return Err(ShimError::Refused { verb, code, message }.into());
@@ -84,24 +91,78 @@ where
     Ok(())
 }
 
-/// Ends and deletes a container that may or may not have come to be in its shim.
-pub(super) async fn end_task(shim: &Shim, id: &str) -> Result<()> {
+/// Ends and deletes a container that may or may not have come to be in its shim. One that the shim is still
+/// creating is waited for: bundle and snapshot are in use until then.
+///
+/// # Errors
+/// When it is not known that nothing of it is left at work in the shim.
+pub(super) async fn end_task(node: &Node, pod: &Id, shim: &Shim, id: &str) -> Result<()> {
     const SIGKILL: u32 = 9;
-    match shim.kill(id, SIGKILL, true).await {
-        // A shim that is gone has no task.
-        Err(error) if error.is_gone() => return Ok(()),
-        Err(error) => tracing::debug!(container = id, %error, "killing"),
-        Ok(()) => {}
+    let ended = async {
+        match state_when_made(shim, id).await {
+            Ok(TaskState::Stopped) => {}
+            Ok(_) => {
+                match shim.kill(id, SIGKILL, true).await {
+                    // It may have ended since; whether it has is seen below.
+                    Err(error @ ShimError::Refused { .. }) => {
+                        tracing::debug!(container = id, %error, "killing")
+                    }
+                    killed => killed?,
+                }
+                match tokio::time::timeout(STOP_GRACE, shim.wait(id)).await {
+                    Ok(waited) => absent_is_fine(waited)?,
+                    Err(_) => return Err(not_ended(id)),
+                }
+            }
+            Err(error) if error.is_not_found() => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+        Ok(shim.delete(id).await?)
+    };
+    match ended.await {
+        // A shim that is gone has no task. One that only lost its connection has.
+        Err(Error::Shim(error)) if error.is_gone() => match is_dead(&node.dirs.pod(pod)).await {
+            true => Ok(()),
+            false => Err(error.into()),
+        },
+        result => result,
     }
-    if shim.state(id).await.is_ok() && tokio::time::timeout(STOP_GRACE, shim.wait(id)).await.is_err() {
-        let limit = STOP_GRACE.as_secs();
-        return Err(Error::DeadlineExceeded(format!(
-            "container {id} has not ended {limit} s after SIGKILL"
-        )));
+}
+
+/// Whether the shim of a bundle has died. One that is just ending has a moment: its connections go first.
+async fn is_dead(bundle: &Path) -> bool {
+    for _ in 0..50 {
+        if !lives(bundle) {
+            return true;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    match shim.delete(id).await {
-        Err(error) if !error.is_gone() => Err(error.into()),
-        _ => Ok(()),
+    false
+}
+
+fn not_ended(id: &str) -> Error {
+    Error::DeadlineExceeded(format!(
+        "container {id} has not ended {} s after SIGKILL",
+        STOP_GRACE.as_secs()
+    ))
+}
+
+/// The state of a container, asked until its creation has ended.
+async fn state_when_made(shim: &Shim, id: &str) -> Result<TaskState, ShimError> {
+    let begun = Instant::now();
+    let mut pause = Duration::from_millis(10);
+    loop {
+        match shim.state(id).await {
+            // Nothing else refuses to say a state: it is still being created.
+            Err(ShimError::Refused {
+                code: ttrpc::Code::FAILED_PRECONDITION,
+                ..
+            }) if begun.elapsed() < CREATION_LIMIT => {
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(Duration::from_millis(500));
+            }
+            other => return other.map(|(state, _)| state),
+        }
     }
 }
 
@@ -164,7 +225,7 @@ pub(super) fn remove_tree(dir: &Path) -> Result<()> {
     if let Some(mount) = left.first() {
         return Err(Error::Internal(format!("{} is still mounted", mount.display())));
     }
-    absent(std::fs::remove_dir_all(dir)).map_err(Error::io("remove", dir))
+    absent(super::trees::remove(dir)).map_err(Error::io("remove", dir))
 }
 
 fn unmount_below(dir: &Path) -> Result<()> {

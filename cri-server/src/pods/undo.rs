@@ -14,6 +14,9 @@ type Inverse = Box<dyn FnOnce() -> Pin<Box<dyn Future<Output = Result<(), String
 struct Step {
     name: &'static str,
     inverse: Inverse,
+    limit: Duration,
+    /// What was pushed before is in use until this has succeeded.
+    holds: bool,
 }
 
 /// Inverses of what has been begun, the last first.
@@ -40,20 +43,42 @@ impl Undo {
         F: FnOnce() -> R + Send + 'static,
         R: Future<Output = Result<(), String>> + Send + 'static,
     {
+        self.add(name, STEP_LIMIT, false, inverse);
+    }
+
+    /// As [`Undo::push`], of something that uses what was pushed before, and for a time limit of its own: where
+    /// this cannot be undone, the rest stays for a later removal.
+    pub(crate) fn push_holding<F, R>(&mut self, name: &'static str, limit: Duration, inverse: F)
+    where
+        F: FnOnce() -> R + Send + 'static,
+        R: Future<Output = Result<(), String>> + Send + 'static,
+    {
+        self.add(name, limit, true, inverse);
+    }
+
+    fn add<F, R>(&mut self, name: &'static str, limit: Duration, holds: bool, inverse: F)
+    where
+        F: FnOnce() -> R + Send + 'static,
+        R: Future<Output = Result<(), String>> + Send + 'static,
+    {
         self.steps.push(Step {
             name,
             inverse: Box::new(move || Box::pin(inverse())),
+            limit,
+            holds,
         });
     }
 
-    /// Runs every step, the last pushed first, each for at most [`STEP_LIMIT`].
+    /// Runs every step, the last pushed first, each within its limit ([`STEP_LIMIT`] where it has none of its own).
     pub(crate) async fn run(self) -> Vec<UndoFailure> {
-        self.run_within(STEP_LIMIT).await
-    }
-
-    async fn run_within(self, limit: Duration) -> Vec<UndoFailure> {
         let mut failures = Vec::new();
-        for Step { name: step, inverse } in self.steps.into_iter().rev() {
+        for Step {
+            name: step,
+            inverse,
+            limit,
+            holds,
+        } in self.steps.into_iter().rev()
+        {
             let result = match tokio::time::timeout(limit, inverse()).await {
                 Ok(result) => result,
                 Err(_) => Err(format!("no answer within {} s", limit.as_secs_f32())),
@@ -63,6 +88,9 @@ impl Undo {
                 Err(error) => {
                     tracing::warn!(step, error, "undo failed");
                     failures.push(UndoFailure { step, error });
+                    if holds {
+                        break;
+                    }
                 }
             }
         }
@@ -106,8 +134,9 @@ mod tests {
             *flag.lock().unwrap() = true;
             Ok(())
         });
-        undo.push("hangs", std::future::pending::<Result<(), String>>);
-        let failures = undo.run_within(Duration::from_millis(100)).await;
+        let limit = Duration::from_millis(100);
+        undo.add("hangs", limit, false, std::future::pending::<Result<(), String>>);
+        let failures = undo.run().await;
         assert_eq!(failures.len(), 1);
         assert!(
             failures[0]
@@ -115,5 +144,25 @@ mod tests {
                 .contains("undoing hangs failed: no answer within 0.1 s")
         );
         assert!(*seen.lock().unwrap());
+    }
+
+    #[tokio::test]
+    async fn what_is_in_use_stays_where_its_user_cannot_be_undone() {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let mut undo = Undo::default();
+        let note = |name: &'static str| {
+            let seen = seen.clone();
+            move || async move {
+                seen.lock().unwrap().push(name);
+                Ok(())
+            }
+        };
+        undo.push("bundle", note("bundle"));
+        undo.push_holding("task", STEP_LIMIT, || async {
+            Err("still being created".to_owned())
+        });
+        undo.push("above", note("above"));
+        assert_eq!(undo.run().await.len(), 1);
+        assert_eq!(*seen.lock().unwrap(), ["above"]);
     }
 }

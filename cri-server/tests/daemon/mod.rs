@@ -18,7 +18,8 @@ pub(crate) struct Daemon {
     dir: tempfile::TempDir,
 }
 
-/// Answers ADD and DEL and logs them; waits where `hang` exists and fails where `fail` exists.
+/// Answers ADD and DEL and logs them; ADD waits where `hang` exists and fails where `fail` exists, DEL waits where
+/// `hang-del` exists.
 const PLUGIN: &str = r#"#!/bin/sh
 dir=$(dirname "$0")
 cat > /dev/null
@@ -29,6 +30,7 @@ ADD)
     if [ -e "$dir/fail" ]; then echo '{"cniVersion":"1.0.0","code":11,"msg":"out of addresses"}'; exit 1; fi
     echo '{"cniVersion":"1.0.0","interfaces":[{"name":"eth0","sandbox":"'"$CNI_NETNS"'"}],"ips":[{"address":"10.9.8.7/24","interface":0}]}'
     ;;
+DEL) while [ -e "$dir/hang-del" ]; do sleep 0.05; done ;;
 VERSION) echo '{"cniVersion":"1.0.0","supportedVersions":["1.0.0"]}' ;;
 esac
 "#;

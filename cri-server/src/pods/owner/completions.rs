@@ -1,19 +1,23 @@
 //! What a pod's owner does when work has ended, and when something ended by itself.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use catamaran_sandbox::id::Id;
 
-use super::{Done, Owner, Reply, answer, answer_when};
+use super::records::{answer_ended, answer_when};
+use super::{Done, Owner, Reply, answer};
 use crate::cri::api::{ContainerEventType, LinuxContainerResources};
 use crate::error::{Error, Result, chain};
 use crate::node::now_ns;
 use crate::pods::record::Exit;
 use crate::pods::run_sandbox::{Failed, Started};
 use crate::pods::state::{ContainerState, PodState, after_exit};
-use crate::pods::{teardown, watch};
-use crate::shim::Shim;
-use crate::store::Table;
+use crate::pods::{host_pid, start_container, watch};
+use crate::shim::ShimError;
+
+/// How long the end of a process that has just been started waits for the answer to the start.
+const EARLY_EXIT: Duration = Duration::from_secs(2);
 
 impl Owner {
     /// Returns those who wait, with the error, when the creation failed and nothing of the pod is left.
@@ -79,7 +83,14 @@ impl Owner {
     pub(super) fn done(&mut self, done: Done) {
         match done {
             // Handled by the loop, as they may end it.
-            Done::Created(_) | Done::Removed(Ok(())) => {}
+            Done::Created(_) | Done::Removed(Ok(())) | Done::Undone(Ok(())) => {}
+            Done::Undone(Err(problem)) => self.not_undone(problem),
+            Done::ContainerUndone(id, result) => self.container_undone(&id, result),
+            Done::Found(found) => self.found(found),
+            Done::Told(told) => self.told(told),
+            Done::ExitHeld(id) => self.let_exit_go(&id),
+            Done::CleanedUp(result) => self.cleaned_up(result),
+            Done::CleanUpAgain => self.clean_up_again(),
             Done::Stopped(result) => self.stopped(result),
             Done::Removed(Err(error)) => {
                 let error = Arc::new(error);
@@ -95,22 +106,17 @@ impl Owner {
                     .remove(&id)
                     .map(|s| s.waiting)
                     .unwrap_or_default();
-                if result.is_err()
-                    && self
-                        .containers
-                        .get(&id)
-                        .is_some_and(|c| c.state == ContainerState::Stopping)
-                {
-                    // It still runs, so it can be stopped again.
-                    self.change_container(&id, |c| c.state = ContainerState::Running)
-                        .queued();
+                if result.is_err() {
+                    // It is as it was, so it can be stopped again.
+                    self.not_stopped(&id);
                 }
                 answer(waiting, &result.map_err(Arc::new));
             }
             Done::ContainerRemoved(id, result) => self.container_removed(&id, result),
             Done::ContainerUpdated(id, result, reply) => match result {
-                Ok(resources) => {
-                    let written = self.change_container(&id, |c| c.resources = resources);
+                Ok(updated) => {
+                    let written = self.change_container(&id, |c| c.resources.clone_from(&updated.resources));
+                    drop(updated);
                     answer_when(written, vec![reply], ());
                 }
                 Err(error) => answer(vec![reply], &Err(Arc::new(error))),
@@ -125,13 +131,15 @@ impl Owner {
         match result {
             Ok(()) => {
                 self.shim = None;
+                self.silent = false;
                 self.settle_containers("the pod sandbox was stopped");
+                self.finish_containers();
                 let written = self.change_pod(|pod| {
                     pod.state = PodState::Stopped;
                     pod.problem = None;
                 });
                 self.send_event(&self.pod.id, ContainerEventType::ContainerStoppedEvent);
-                answer_when(written, waiting, ());
+                answer_ended(written, waiting);
             }
             Err(error) => {
                 let error = Arc::new(error);
@@ -141,7 +149,7 @@ impl Owner {
         }
     }
 
-    fn broken(&mut self, problem: String) {
+    pub(super) fn broken(&mut self, problem: String) {
         self.change_pod(|pod| {
             pod.state = PodState::Broken;
             pod.problem = Some(problem);
@@ -150,7 +158,7 @@ impl Owner {
     }
 
     /// Gives every container without a recorded end the one that the shim left, or none that is known.
-    fn settle_containers(&mut self, message: &str) {
+    pub(super) fn settle_containers(&mut self, message: &str) {
         let open: Vec<Id> = self
             .containers
             .iter()
@@ -158,9 +166,8 @@ impl Owner {
             .map(|(id, _)| id.clone())
             .collect();
         for id in open {
-            let bundle = self.node.dirs.container(&self.pod.id, &id);
-            let exit = watch::recorded(&bundle).unwrap_or_else(|| Exit::unknown(message, now_ns()));
-            self.exited(&id, exit);
+            let exit = self.left_exit(&id, message);
+            self.ended(&id, exit);
         }
     }
 
@@ -191,10 +198,7 @@ impl Owner {
                 answer_when(written, waiting, id.clone());
             }
             Err(Failed { error, left }) if left.is_empty() => {
-                self.containers.remove(id);
-                self.publish();
-                self.node.nri.forget(id.as_str());
-                let removed = self.node.store.remove(Table::Containers, id.as_str());
+                let removed = self.drop_container(id);
                 let error = Arc::new(error);
                 tokio::spawn(async move {
                     // The record would only be undone once more at the next start.
@@ -222,37 +226,90 @@ impl Owner {
         let waiting = self.at_work.starting.remove(id).unwrap_or_default();
         match result {
             Ok(pid) => {
-                let now = now_ns();
+                let (now, pid) = (now_ns(), host_pid(&self.pod, pid));
+                let early = self.early_exits.get(id).cloned();
                 let written = self.change_container(id, |c| {
                     if c.state == ContainerState::Starting {
                         c.state = ContainerState::Running;
                     }
                     // A process that has ended before this was known started before its end.
-                    c.started_at_ns = c.exit.as_ref().map_or(now, |exit| exit.at_ns.min(now));
-                    c.pid = pid;
+                    c.started_at_ns = c
+                        .exit
+                        .as_ref()
+                        .or(early.as_ref())
+                        .map_or(now, |exit| exit.at_ns.min(now));
+                    if c.exit.is_none() {
+                        c.pid = pid;
+                    }
                 });
-                self.send_event(id, ContainerEventType::ContainerStartedEvent);
+                // Of one whose end was told there is nothing more to tell.
+                if self.containers.get(id).is_some_and(|c| c.exit.is_none()) {
+                    self.send_event(id, ContainerEventType::ContainerStartedEvent);
+                }
                 answer_when(written, waiting, ());
             }
             Err(error) => {
                 let error = Arc::new(error);
-                let starting = self.containers.get(id).is_some_and(|c| {
-                    c.started_at_ns == 0
-                        && matches!(c.state, ContainerState::Starting | ContainerState::Exited)
-                });
-                if starting {
-                    let exit = Exit::start_error(chain(&error), now_ns());
-                    self.change_container(id, |c| {
-                        c.state = ContainerState::Exited;
-                        c.exit = Some(exit);
-                    })
-                    .queued();
-                    self.tell_end(id);
-                    self.delete_task(id);
-                }
+                self.not_started(id, &error);
                 answer(waiting, &Err(error));
             }
         }
+        self.let_exit_go(id);
+    }
+
+    /// A start that failed, or of which it is not known what became.
+    fn not_started(&mut self, id: &Id, error: &Error) {
+        let starting = self
+            .containers
+            .get(id)
+            .is_some_and(|c| c.started_at_ns == 0 && c.state == ContainerState::Starting);
+        match error {
+            // Nothing was asked of the shim.
+            Error::Store(_) if starting => {
+                self.change_container(id, |c| c.state = ContainerState::Created)
+                    .queued();
+                return;
+            }
+            // It may come to run yet: who asked is told, and the start goes on.
+            Error::Shim(ShimError::Timeout { .. }) if starting => {
+                if let (Some(shim), Some(container)) = (self.shim.clone(), self.containers.get(id).cloned()) {
+                    self.at_work.starting.insert(id.clone(), Vec::new());
+                    let (node, pod, id) = (self.node.clone(), self.pod.clone(), id.clone());
+                    self.begin(async move {
+                        let started = start_container::again(node, pod, container, shim).await;
+                        Done::ContainerStarted(id, started)
+                    });
+                }
+                return;
+            }
+            // The shim tells on its next connection, or its death does.
+            Error::Shim(error) if error.is_gone() && starting => {
+                self.ask(vec![id.clone()], Duration::ZERO);
+                return;
+            }
+            _ => {}
+        }
+        let Some(container) = self.containers.get(id) else {
+            return;
+        };
+        let over = container.exit.is_some();
+        if container.started_at_ns != 0
+            || !matches!(container.state, ContainerState::Starting | ContainerState::Exited)
+        {
+            return;
+        }
+        self.early_exits.remove(id);
+        let exit = Exit::start_error(chain(error), now_ns());
+        self.change_container(id, |c| {
+            c.state = ContainerState::Exited;
+            c.exit = Some(exit);
+        })
+        .queued();
+        self.tell_end(id);
+        if !over {
+            self.send_event(id, ContainerEventType::ContainerStoppedEvent);
+        }
+        self.delete_task(id);
     }
 
     fn container_removed(&mut self, id: &Id, result: Result<()>) {
@@ -260,15 +317,7 @@ impl Owner {
         match result {
             Ok(()) => {
                 self.send_event(id, ContainerEventType::ContainerDeletedEvent);
-                self.containers.remove(id);
-                self.unclaimed.retain(|unclaimed| unclaimed != id);
-                self.publish();
-                self.node.nri.forget(id.as_str());
-                answer_when(
-                    self.node.store.remove(Table::Containers, id.as_str()),
-                    waiting,
-                    (),
-                );
+                answer_ended(self.drop_container(id), waiting);
             }
             // The intent stays: the next removal, or the next start, goes on with it.
             Err(error) => answer(waiting, &Err(Arc::new(error))),
@@ -277,7 +326,41 @@ impl Owner {
 
     // --- what happens by itself ---
 
+    /// The first process of a container has ended. Where the answer to its start has not come yet, the end waits a
+    /// moment for it, so that both are told in their order.
     pub(super) fn exited(&mut self, id: &Id, exit: Exit) {
+        let starting = self
+            .containers
+            .get(id)
+            .is_some_and(|c| c.state == ContainerState::Starting);
+        if starting && self.at_work.starting.contains_key(id) && self.is_ready() {
+            self.early_exits.insert(id.clone(), exit);
+            let id = id.clone();
+            self.begin(async move {
+                tokio::time::sleep(EARLY_EXIT).await;
+                Done::ExitHeld(id)
+            });
+        } else {
+            self.ended(id, exit);
+        }
+    }
+
+    /// Records an end that was held back.
+    pub(super) fn let_exit_go(&mut self, id: &Id) {
+        if let Some(exit) = self.early_exits.remove(id) {
+            self.ended(id, exit);
+        }
+    }
+
+    pub(super) fn let_exits_go(&mut self) {
+        for (id, exit) in std::mem::take(&mut self.early_exits) {
+            self.ended(&id, exit);
+        }
+    }
+
+    /// Records how a container ended, once.
+    pub(super) fn ended(&mut self, id: &Id, exit: Exit) {
+        self.early_exits.remove(id);
         let Some(container) = self.containers.get(id) else {
             return;
         };
@@ -312,40 +395,18 @@ impl Owner {
     }
 
     pub(super) fn sandbox_ended(&mut self, problem: String, shim_died: bool) {
-        if self.pod.state != PodState::Ready {
-            return;
-        }
-        tracing::warn!(pod = %self.pod.id, problem, "a pod sandbox ended by itself");
-        self.broken(problem);
-        if shim_died {
-            self.shim = None;
-            self.settle_containers("its shim died");
-            self.clean_up_after_shim();
-        }
-        self.send_event(&self.pod.id, ContainerEventType::ContainerStoppedEvent);
-    }
-
-    /// Processes that outlived their shim would run unwatched.
-    fn clean_up_after_shim(&self) {
-        let (node, pod) = (self.node.clone(), self.pod.clone());
-        tokio::spawn(async move {
-            let cleaned = match teardown::launch(&node, &pod) {
-                Ok(launch) => launch.delete().await.map_err(Error::from),
-                Err(error) => Err(error),
-            };
-            if let Err(error) = cleaned {
-                tracing::warn!(pod = %pod.id, error = %chain(&error), "cleaning up after a dead shim");
+        match self.pod.state {
+            PodState::Ready => {
+                tracing::warn!(pod = %self.pod.id, problem, "a pod sandbox ended by itself");
+                self.broken(problem);
+                self.send_event(&self.pod.id, ContainerEventType::ContainerStoppedEvent);
             }
-        });
-    }
-
-    pub(super) fn reconnected(&mut self, shim: Shim) {
-        if self.pod.state != PodState::Ready {
-            return;
+            PodState::Broken => {}
+            _ => return,
         }
-        self.shim = Some(shim);
-        self.publish();
-        self.watch_all();
+        if shim_died {
+            self.shim_died();
+        }
     }
 
     /// Watches the sandbox and every container whose end is not recorded.

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::{Done, Owner, Reply, answer, answer_when};
+use super::records::answer_when;
+use super::{Done, Owner, Reply, answer};
 use crate::error::{Error, Result};
 use crate::pods::state::{Denial, PodState};
 use crate::pods::update_sandbox::{self, PodResources};
