@@ -8,6 +8,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use nix::fcntl::{Flock, FlockArg};
 
+/// What a slow call takes longer.
+pub const SLOW: Duration = Duration::from_secs(5);
+
 /// What a call does in place of its work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
@@ -21,6 +24,8 @@ pub enum Action {
     Garbage,
     /// Does the real work, then ends with an error.
     FailAfter,
+    /// Does the real work after [`SLOW`].
+    Slow,
     /// Leaves what the real work would leave where that cannot be done on this host.
     Stand,
 }
@@ -36,6 +41,7 @@ pub fn set(control: &Path, verb: &str, call: u32, action: Action) -> Result<()> 
         Action::Hang => "hang",
         Action::Garbage => "garbage",
         Action::FailAfter => "fail-after",
+        Action::Slow => "slow",
         Action::Stand => "stand",
     };
     std::fs::create_dir_all(control)?;
@@ -81,6 +87,7 @@ pub fn next(control: &Path, verb: &str) -> Result<Action> {
         "pass" => Action::Pass,
         "fail" => Action::Fail,
         "hang" => Action::Hang,
+        "slow" => Action::Slow,
         "stand" => Action::Stand,
         "garbage" => Action::Garbage,
         "fail-after" => Action::FailAfter,

@@ -66,17 +66,48 @@ pub fn of_pods(flavour: Flavour, layout: &Layout, subnet: &Subnet) -> Result<Vec
     Ok(left)
 }
 
-/// Processes that work below the node's directory or in its cgroups, but for those in `expected` and
-/// zombies (pid 1 reaps those when it gets to it).
+/// Processes that work below the node's directory or in its cgroups, but for those in `expected`, and zombies that
+/// one of all these does not reap (others are pid 1's, which reaps them when it gets to it).
 ///
 /// # Errors
 /// /proc cannot be read.
 pub fn processes(layout: &Layout, subnet: &Subnet, expected: &[u32]) -> Result<Vec<String>> {
-    Ok(find_processes(layout, subnet)?
+    let found = find_processes(layout, subnet)?;
+    let parents: Vec<u32> = found
+        .iter()
+        .map(|(pid, _)| *pid)
+        .chain(expected.iter().copied())
+        .collect();
+    let mut left: Vec<String> = found
         .into_iter()
         .filter(|(pid, _)| !expected.contains(pid))
         .map(|(pid, words)| format!("process {pid} {words}"))
-        .collect())
+        .collect();
+    left.extend(zombies_of(&parents)?);
+    Ok(left)
+}
+
+/// Ended children of these that they have not waited for. proc_pid_stat(5).
+fn zombies_of(parents: &[u32]) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc").context("/proc")? {
+        let stat = std::fs::read_to_string(entry?.path().join("stat")).unwrap_or_default();
+        // The name may have spaces and parentheses; what follows its last one has not.
+        let Some((name, rest)) = stat.rsplit_once(')') else {
+            continue;
+        };
+        let mut fields = rest.split_whitespace();
+        let (state, parent) = (
+            fields.next(),
+            fields.next().and_then(|parent| parent.parse::<u32>().ok()),
+        );
+        if let (Some("Z"), Some(parent)) = (state, parent)
+            && parents.contains(&parent)
+        {
+            found.push(format!("zombie {name}) of {parent}"));
+        }
+    }
+    Ok(found)
 }
 
 /// Process ids and command lines of everything that works below the node's directory or in its cgroups.

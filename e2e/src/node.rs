@@ -227,6 +227,22 @@ impl Node {
             .context("the daemon does not run")
     }
 
+    /// What the daemon's open descriptors are of, sorted.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn daemon_descriptors(&self) -> Result<Vec<String>> {
+        let directory = format!("/proc/{}/fd", self.daemon_pid()?);
+        let entries = std::fs::read_dir(&directory).context(directory)?;
+        // One may be closed while it is looked at.
+        let targets = entries
+            .flatten()
+            .filter_map(|entry| std::fs::read_link(entry.path()).ok());
+        let mut open: Vec<String> = targets.map(|target| target.display().to_string()).collect();
+        open.sort();
+        Ok(open)
+    }
+
     /// A directory of this node for a test's files.
     ///
     /// # Errors

@@ -25,6 +25,11 @@ fn main() -> ExitCode {
         .one(Runc, "a_runtime_that_fails", runtime_fails)
         .one(Runc, "a_runtime_that_hangs_in_create", runtime_hangs)
         .one(Runc, "a_runtime_that_is_not_installed", runtime_missing)
+        .one(Runc, "updates_at_once_are_all_in_force", updates_at_once)
+        .one(Runc, "what_fails_is_told_as_an_event", failures_are_told)
+        .one(Runc, "a_start_that_outlives_the_daemon", start_outlives)
+        .one(Runc, "a_create_that_outlives_the_daemon", create_outlives)
+        .one(Runc, "a_full_disk", full_disk)
         .one(Runc, "a_checkpoint_is_an_archive", checkpoint_archive)
         .one(Runc, "a_checkpoint_that_fails", checkpoint_fails)
         .one(Runv, "a_checkpoint_of_a_vm", checkpoint_of_vm)
@@ -34,6 +39,10 @@ fn main() -> ExitCode {
         .one(Runv, "a_vm_that_is_killed", vm_killed)
         .one(Runc, "a_shim_that_is_killed", shim_killed)
         .one(Runv, "a_vm_shim_that_is_killed", shim_killed)
+        .both(
+            "a_shim_that_is_killed_while_the_daemon_is_down",
+            shim_killed_unseen,
+        )
         .main()
 }
 
@@ -340,6 +349,212 @@ fn runtime_hangs(t: &Case<'_>) -> Result<()> {
     works_again(t, "fault", &request)
 }
 
+fn updates_at_once(t: &Case<'_>) -> Result<()> {
+    if !t.ours() {
+        return Err(
+            catamaran_e2e::suite::Skip("containerd is not configured with this handler".to_owned()).into(),
+        );
+    }
+    let pod = t.run_pod_under("fault", &t.pod_request())?;
+    let id = t.start(&pod, &t.idle("main"))?;
+    let _faults = Faults::set("runtime", "update", 1, Action::Slow)?;
+    std::thread::scope(|scope| -> Result<()> {
+        let slow = scope.spawn(|| t.node.crictl.ok(&["update", "--cpu-share", "512", &id]));
+        t.eventually(Duration::from_secs(20), || {
+            ensure!(
+                failpoint::calls(&control("runtime"), "update")? == 1,
+                "no update yet"
+            );
+            Ok(())
+        })?;
+        t.node
+            .crictl
+            .ok(&["update", "--cpu-period", "100000", "--cpu-quota", "50000", &id])?;
+        slow.join().map_err(|_| anyhow::anyhow!("crictl panicked"))??;
+        Ok(())
+    })?;
+    let linux = t.status(&id)?["resources"]["linux"].clone();
+    for (key, value) in [("cpuShares", "512"), ("cpuQuota", "50000")] {
+        ensure!(linux[key] == value, "{key}: {linux}");
+    }
+    t.node.remove_pod(&pod.id)
+}
+
+/// A start that fails ends the container, and a pod's removal removes its containers.
+fn failures_are_told(t: &Case<'_>) -> Result<()> {
+    if !t.ours() {
+        return Err(
+            catamaran_e2e::suite::Skip("containerd is not configured with this handler".to_owned()).into(),
+        );
+    }
+    let output = t.directory()?.join("events");
+    let mut events = t.node.crictl.command(&["events"]);
+    let mut events = events
+        .stdout(std::fs::File::create(&output)?)
+        .stderr(std::process::Stdio::null())
+        .spawn()?;
+    let told = (|| {
+        let of = |id: &str| -> Result<Vec<String>> {
+            let text = std::fs::read_to_string(&output)?;
+            let all = serde_json::Deserializer::from_str(&text).into_iter::<Value>();
+            let about = all
+                .map_while(Result::ok)
+                .filter(|event| event["containerId"] == id);
+            Ok(about
+                .map(|event| {
+                    event["containerEventType"]
+                        .as_str()
+                        .unwrap_or_default()
+                        .to_owned()
+                })
+                .collect())
+        };
+        let pod = t.eventually(Duration::from_secs(20), || {
+            let pod = t.run_pod_under("fault", &t.pod_request())?;
+            std::thread::sleep(Duration::from_millis(200));
+            ensure!(!of(&pod.id)?.is_empty(), "crictl events tells of no pod");
+            Ok(pod)
+        })?;
+        let (id, short) = (
+            t.node.create(&pod, &t.idle("main"))?,
+            t.node.create(&pod, &t.script("short", "true"))?,
+        );
+        {
+            let _faults = Faults::set("runtime", "start", 1, Action::Fail)?;
+            t.node.crictl.fails(&["start", &id])?;
+        }
+        t.node.crictl.ok(&["start", &short])?;
+        t.wait_exited(&short)?;
+        t.node.remove_pod(&pod.id)?;
+        let event = |name: &str| format!("CONTAINER_{name}_EVENT");
+        t.eventually(Duration::from_secs(10), || {
+            let (failed, short) = (of(&id)?, of(&short)?);
+            ensure!(
+                failed == ["CREATED", "STOPPED", "DELETED"].map(event),
+                "{failed:?}"
+            );
+            ensure!(
+                short == ["CREATED", "STARTED", "STOPPED", "DELETED"].map(event),
+                "{short:?}"
+            );
+            Ok(())
+        })
+    })();
+    events.kill()?;
+    events.wait()?;
+    told
+}
+
+/// Kills the daemon while the runtime is at a slow verb that a crictl command asked for, and starts it again.
+fn killed_during(t: &Case<'_>, verb: &str, arguments: &[&str]) -> Result<()> {
+    let _faults = Faults::set("runtime", verb, 1, Action::Slow)?;
+    std::thread::scope(|scope| -> Result<()> {
+        scope.spawn(|| t.node.crictl.run(arguments));
+        t.eventually(Duration::from_secs(20), || {
+            ensure!(failpoint::calls(&control("runtime"), verb)? == 1, "no {verb} yet");
+            Ok(())
+        })?;
+        t.node.kill_daemon()
+    })?;
+    t.node.start_daemon()
+}
+
+fn start_outlives(t: &Case<'_>) -> Result<()> {
+    if !t.ours() {
+        return Err(
+            catamaran_e2e::suite::Skip("containerd is not configured with this handler".to_owned()).into(),
+        );
+    }
+    let request = t.pod_request();
+    let pod = t.run_pod_under("fault", &request)?;
+    let id = t.node.create(&pod, &t.idle("main"))?;
+    killed_during(t, "start", &["start", &id])?;
+    // Whatever its caller heard, a container that runs is said to run.
+    t.eventually(Duration::from_secs(20), || {
+        let status = t.status(&id)?;
+        ensure!(status["state"] == "CONTAINER_RUNNING", "{status}");
+        t.shell(&id, "true")
+    })?;
+    t.node.crictl.ok(&["start", &id])?;
+    t.node.crictl.ok(&["rm", "-f", &id])?;
+    t.node.remove_pod(&pod.id)?;
+    works_again(t, "fault", &request)
+}
+
+fn create_outlives(t: &Case<'_>) -> Result<()> {
+    if !t.ours() {
+        return Err(
+            catamaran_e2e::suite::Skip("containerd is not configured with this handler".to_owned()).into(),
+        );
+    }
+    let request = t.pod_request();
+    let pod = t.run_pod_under("fault", &request)?;
+    let main = t.idle("main");
+    let (pod_file, file) = (t.node.write("pod", &request)?, t.node.write("main", &main)?);
+    killed_during(t, "create", &["create", &pod.id, &file, &pod_file])?;
+    ensure!(t.node.crictl.ok(&["ps", "-a", "-q"])?.is_empty());
+    // The name is free once the first attempt is undone, which waits for the runtime.
+    let id = t.start(&pod, &main)?;
+    t.shell(&id, "true")?;
+    let snapshots = std::fs::read_dir(t.node.layout.root.join("snapshots"))?.count();
+    ensure!(snapshots == 1, "{snapshots} snapshots of one container");
+    t.node.remove_pod(&pod.id)?;
+    works_again(t, "fault", &request)
+}
+
+/// What cannot be recorded is refused, what is there can be torn down, and once there is room all works.
+fn full_disk(t: &Case<'_>) -> Result<()> {
+    if !t.ours() {
+        return Err(catamaran_e2e::suite::Skip("containerd's store has its own ways".to_owned()).into());
+    }
+    let node = Node::start(
+        t.node.flavour,
+        Options {
+            root_mib: Some(64),
+            ..Options::default()
+        },
+    )?;
+    let kept = node.run_pod("runc", &node.pod_request("kept"))?;
+    let gone = node.run_pod("runc", &node.pod_request("gone"))?;
+    let filler = node.layout.root.join("filler");
+    {
+        use std::io::Write as _;
+        let mut file = std::fs::File::create(&filler)?;
+        for chunk in [vec![0u8; 1 << 16], vec![0u8; 1]] {
+            while file.write_all(&chunk).is_ok() {}
+        }
+    }
+    let large = node
+        .pod_request("large")
+        .set("/annotations/large", json!("x".repeat(100_000)))
+        .set("/annotations/larger", json!("y".repeat(2_000_000)));
+    let message = node.run_pod_fails("runc", &large)?;
+    ensure!(message.contains("cannot write to the store"), "{message}");
+    node.remove_pod(&gone.id)?;
+    let pods = node.crictl.ok(&["pods", "-q", "--no-trunc"])?;
+    ensure!(pods == kept.id, "{pods}");
+    std::fs::remove_file(&filler)?;
+    t.eventually(Duration::from_secs(10), || {
+        let info = node.crictl.json(&["info"])?;
+        let conditions = info["status"]["conditions"].as_array().context("no conditions")?;
+        let ready = conditions
+            .iter()
+            .find(|condition| condition["type"] == "RuntimeReady");
+        ensure!(ready.is_some_and(|ready| ready["status"] == true), "{info}");
+        Ok(())
+    })?;
+    let large = node.run_pod("runc", &large)?;
+    // What was only queued meanwhile is on record too.
+    node.kill_daemon()?;
+    node.start_daemon()?;
+    let pods = node.crictl.ok(&["pods", "-q", "--no-trunc"])?;
+    ensure!(
+        pods.lines().count() == 2 && pods.contains(&kept.id) && pods.contains(&large.id),
+        "{pods}"
+    );
+    node.finish()
+}
+
 fn runtime_missing(t: &Case<'_>) -> Result<()> {
     if !t.ours() {
         return Err(
@@ -472,20 +687,47 @@ fn vm_killed(t: &Case<'_>) -> Result<()> {
 }
 
 fn shim_killed(t: &Case<'_>) -> Result<()> {
+    shim_dies(t, true)
+}
+
+fn shim_killed_unseen(t: &Case<'_>) -> Result<()> {
+    if !t.ours() {
+        return Err(catamaran_e2e::suite::Skip("containerd's shims have other names".to_owned()).into());
+    }
+    shim_dies(t, false)
+}
+
+/// The same comes of it whether the daemon sees it or finds it at its next start.
+fn shim_dies(t: &Case<'_>, seen: bool) -> Result<()> {
     let pod = t.pod()?;
     let id = t.start(&pod, &t.idle("main"))?;
+    let never = t.node.create(&pod, &t.idle("never"))?;
     let shims = processes_with(t, "containerd-shim-catamaran")?;
     ensure!(!shims.is_empty() || !t.ours(), "no shim process is found");
-    kill(&shims)?;
+    if seen {
+        kill(&shims)?;
+    } else {
+        t.node.kill_daemon()?;
+        kill(&shims)?;
+        t.node.start_daemon()?;
+    }
     if t.ours() {
+        // The namespace shim's clean-up kills the processes and says so; those of a VM have gone with it.
+        let (code, reason) = match t.handler {
+            Runc => (137, "Error"),
+            Runv => (255, "ContainerStatusUnknown"),
+        };
         t.eventually(Duration::from_secs(20), || {
-            // With UNKNOWN the kubelet would report an exit of its own making.
-            let status = t.status(&id)?;
-            ensure!(status["state"] == "CONTAINER_EXITED", "{status}");
-            ensure!(status["exitCode"] == 255, "{status}");
-            ensure!(status["reason"] == "ContainerStatusUnknown", "{status}");
+            for id in [&id, &never] {
+                // With UNKNOWN the kubelet would report an exit of its own making.
+                let status = t.status(id)?;
+                ensure!(status["state"] == "CONTAINER_EXITED", "{status}");
+                ensure!(status["exitCode"] == code, "{status}");
+                ensure!(status["reason"] == reason, "{status}");
+            }
             Ok(())
         })?;
+        t.node.crictl.ok(&["rm", &never])?;
     }
     t.node.remove_pod(&pod.id)?;
     works_again(t, t.handler.name(), &pod.request)

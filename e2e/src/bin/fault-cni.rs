@@ -35,7 +35,11 @@ fn run() -> Result<ExitCode> {
     std::io::stdin().read_to_string(&mut text)?;
     let config: Value = serde_json::from_str(&text)?;
     let control = config["control"].as_str().context("the key control is missing")?;
-    match failpoint::next(Path::new(control), &verb)? {
+    let action = failpoint::next(Path::new(control), &verb)?;
+    if action == Action::Slow {
+        std::thread::sleep(failpoint::SLOW);
+    }
+    match action {
         Action::Hang => failpoint::hang(),
         Action::Garbage => println!("this is no JSON"),
         Action::Fail | Action::FailAfter | Action::Stand => {
@@ -45,8 +49,8 @@ fn run() -> Result<ExitCode> {
             println!("{error}");
             return Ok(ExitCode::FAILURE);
         }
-        Action::Pass if verb == "ADD" => println!("{}", config["prevResult"]),
-        Action::Pass => {}
+        Action::Pass | Action::Slow if verb == "ADD" => println!("{}", config["prevResult"]),
+        Action::Pass | Action::Slow => {}
     }
     Ok(ExitCode::SUCCESS)
 }

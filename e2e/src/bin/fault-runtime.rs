@@ -59,6 +59,10 @@ fn run() -> Result<ExitCode> {
     runc.args(&words);
     match action {
         Action::Pass => return Err(runc.exec().into()),
+        Action::Slow => {
+            std::thread::sleep(failpoint::SLOW);
+            return Err(runc.exec().into());
+        }
         Action::Hang => failpoint::hang(),
         Action::Garbage => println!("this is no JSON"),
         Action::Fail => {}
