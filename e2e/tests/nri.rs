@@ -616,7 +616,7 @@ fn adjustments(t: &Case<'_>) -> Result<()> {
     ensure!(marks.exists(), "the hook has not run");
     let status = t.status(&id)?;
     let limit = &status["resources"]["linux"]["memoryLimitInBytes"];
-    ensure!(*limit == (50 << 20).to_string(), "{limit}");
+    ensure!(limit.as_str() == Some("52428800"), "{limit}");
     let spec = t
         .node
         .layout
