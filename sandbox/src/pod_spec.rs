@@ -161,6 +161,8 @@ pub mod info {
     pub const VMM_PID: &str = "vmmPid";
     /// Milliseconds from the VMM's start to the agent's answer.
     pub const BOOT_MS: &str = "bootMs";
+    /// Why the sandbox ended without being asked to.
+    pub const ENDED: &str = "ended";
     /// Path of the pinned IPC namespace.
     pub const IPC_NAMESPACE: &str = "ipcNamespace";
     /// Path of the pinned UTS namespace.

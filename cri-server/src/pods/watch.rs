@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use catamaran_sandbox::exit::ExitRecord;
 use catamaran_sandbox::id::Id;
+use catamaran_sandbox::pod_spec::info;
 use tokio::sync::mpsc::WeakUnboundedSender;
 
 use super::owner::Message;
@@ -71,7 +72,7 @@ pub(super) fn sandbox(dirs: &Dirs, shim: Shim, pod: &Id, owner: WeakUnboundedSen
     tokio::spawn(async move {
         let message = match shim.wait_sandbox().await {
             Ok(()) => Message::SandboxEnded {
-                problem: "the sandbox ended".to_owned(),
+                problem: why(&shim).await,
                 shim_died: false,
             },
             Err(error @ ShimError::Gone { .. }) => match connect(&pod, &dirs.socket(&pod)).await {
@@ -100,6 +101,13 @@ pub(super) fn sandbox(dirs: &Dirs, shim: Shim, pod: &Id, owner: WeakUnboundedSen
             let _ = owner.send(message);
         }
     });
+}
+
+/// What a shim of ours says of its sandbox's end.
+async fn why(shim: &Shim) -> String {
+    let said = shim.sandbox_status().await.ok();
+    said.and_then(|mut status| status.info.remove(info::ENDED))
+        .unwrap_or_else(|| "the sandbox ended".to_owned())
 }
 
 /// Reaches for a shim that lives and does not answer, until it does or is dead; then the owner is told.

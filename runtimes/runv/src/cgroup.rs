@@ -138,6 +138,19 @@ impl Cgroup {
             .collect()
     }
 
+    /// How many of its processes the kernel has killed for memory, by a limit of this cgroup or one above it:
+    /// `oom_kill` of memory.events (cgroup v2) or memory.oom_control (v1).
+    #[must_use]
+    pub fn oom_kills(&self) -> u64 {
+        let files = ["memory.events", "memory.oom_control"];
+        let texts = self
+            .directories
+            .iter()
+            .flat_map(|directory| files.map(|file| directory.join(file)))
+            .filter_map(|file| std::fs::read_to_string(file).ok());
+        texts.filter_map(|text| oom_kills_of(&text)).max().unwrap_or(0)
+    }
+
     /// Kills what is in it and removes it; fine when it is gone already. Blocks for at most `limit`.
     ///
     /// # Errors
@@ -178,6 +191,12 @@ pub fn join(procs: &[File]) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+fn oom_kills_of(text: &str) -> Option<u64> {
+    text.lines()
+        .find_map(|line| line.strip_prefix("oom_kill "))
+        .and_then(|count| count.trim().parse().ok())
 }
 
 fn is_v2() -> bool {
@@ -236,6 +255,14 @@ mod tests {
                 io::ErrorKind::InvalidInput
             );
         }
+    }
+
+    #[test]
+    fn kills_for_memory_are_read_in_both_formats() {
+        let v1 = "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n";
+        let v2 = "low 0\nhigh 0\nmax 31\noom 3\noom_kill 1\noom_group_kill 0\n";
+        assert_eq!((oom_kills_of(v1), oom_kills_of(v2)), (Some(2), Some(1)));
+        assert_eq!(oom_kills_of("under_oom 0\n"), None);
     }
 
     #[test]

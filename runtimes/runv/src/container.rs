@@ -14,15 +14,15 @@ use tonic::Code;
 
 use crate::boot::chain;
 use crate::guest_client::{Agent, limited, refused, within};
+use crate::life::Life;
 use crate::process::{Name, Streams, adopt};
 use crate::share::{Share, oci};
-use crate::vmm::Vmm;
 
 /// One container of the pod.
 pub(crate) struct GuestContainer {
     pub(crate) id: String,
     pub(crate) agent: Agent,
-    pub(crate) vmm: Arc<dyn Vmm>,
+    pub(crate) life: Arc<Life>,
     pub(crate) share: Share,
 }
 
@@ -37,7 +37,7 @@ impl GuestContainer {
     /// True when the VM is gone, so nothing of the guest is left to undo.
     async fn vm_ended(&self) -> bool {
         let now = std::time::Duration::from_millis(1);
-        tokio::time::timeout(now, self.vmm.ended()).await.is_ok()
+        tokio::time::timeout(now, self.life.ended()).await.is_ok()
     }
 }
 
@@ -68,7 +68,7 @@ impl ContainerBackend for GuestContainer {
         let pid = answer.map_err(|status| refused("exec", &status))?.pid;
         Ok(adopt(
             &self.agent,
-            &self.vmm,
+            &self.life,
             self.name(&request.exec_id),
             pid,
             streams,

@@ -4,6 +4,7 @@
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use crate::cgroup::Cgroup;
 use crate::vmm::Vmm;
 
 /// What a VM depends on may also end because the VM does: then that is seen within this.
@@ -12,14 +13,17 @@ const SAME_END: Duration = Duration::from_secs(1);
 /// The life of one VM.
 pub(crate) struct Life {
     vmm: Arc<dyn Vmm>,
+    /// Of the VMM and virtiofsd.
+    cgroup: Cgroup,
     /// Why the shim ends it, if it does.
     reason: OnceLock<String>,
 }
 
 impl Life {
-    pub(crate) fn new(vmm: Arc<dyn Vmm>) -> Arc<Self> {
+    pub(crate) fn new(vmm: Arc<dyn Vmm>, cgroup: Cgroup) -> Arc<Self> {
         Arc::new(Self {
             vmm,
+            cgroup,
             reason: OnceLock::new(),
         })
     }
@@ -51,10 +55,21 @@ impl Life {
     /// Answers when the VM has ended, with the reason.
     pub(crate) async fn ended(&self) -> String {
         let how = self.vmm.ended().await;
+        let memory = if self.out_of_memory() {
+            "; the kernel killed for memory: the pod's memory limit is too low for its VM (see the RuntimeClass's \
+             overhead), or the node had none left"
+        } else {
+            ""
+        };
         match self.reason.get() {
-            Some(reason) => format!("{reason}: the VM was ended ({how})"),
-            None => format!("the VM ended ({how})"),
+            Some(reason) => format!("{reason}: the VM was ended ({how}){memory}"),
+            None => format!("the VM ended ({how}){memory}"),
         }
+    }
+
+    /// Whether the kernel has killed the VMM or virtiofsd for memory.
+    pub(crate) fn out_of_memory(&self) -> bool {
+        self.cgroup.oom_kills() > 0
     }
 }
 
@@ -92,7 +107,8 @@ mod tests {
 
     fn fake() -> (Arc<Fake>, Arc<Life>) {
         let vmm = Arc::new(Fake(watch::Sender::new(false)));
-        (Arc::clone(&vmm), Life::new(vmm))
+        let cgroup = Cgroup::new("absent", false, "of-a-test").unwrap();
+        (Arc::clone(&vmm), Life::new(vmm, cgroup))
     }
 
     #[tokio::test(start_paused = true)]

@@ -19,7 +19,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
 use crate::guest_client::{Agent, limited, refused, within};
-use crate::vmm::Vmm;
+use crate::life::Life;
 
 /// Bytes on their way between the guest and the shim server, for each stream.
 const BUFFER: usize = 64 * 1024;
@@ -55,7 +55,7 @@ pub(crate) struct Streams {
 
 /// Connects a process that the agent has made. The pipes are duplex streams of which one direction is used: unlike
 /// tokio's simplex, dropping the writing end is the end for the reader.
-pub(crate) fn adopt(agent: &Agent, vmm: &Arc<dyn Vmm>, name: Name, pid: u32, streams: Streams) -> Process {
+pub(crate) fn adopt(agent: &Agent, life: &Arc<Life>, name: Name, pid: u32, streams: Streams) -> Process {
     let (stdout, stdout_end) = tokio::io::duplex(BUFFER);
     let (stderr, stderr_end) = tokio::io::duplex(BUFFER);
     let read = tokio::spawn(read_output(agent.clone(), name.clone(), stdout_end, stderr_end));
@@ -64,12 +64,12 @@ pub(crate) fn adopt(agent: &Agent, vmm: &Arc<dyn Vmm>, name: Name, pid: u32, str
         tokio::spawn(write_input(agent.clone(), name.clone(), ours));
         Box::new(theirs) as Writer
     });
-    let exit = tokio::spawn(wait(agent.clone(), Arc::clone(vmm), name.clone()));
+    let exit = tokio::spawn(wait(agent.clone(), Arc::clone(life), name.clone()));
     if !name.exec.is_empty() {
         tokio::spawn(forget(agent.clone(), name.clone(), read));
     }
     let exit: BoxFuture<'static, ExitRecord> =
-        Box::pin(async move { exit.await.unwrap_or_else(|_| killed()) });
+        Box::pin(async move { exit.await.unwrap_or_else(|_| killed(false)) });
     Process {
         pid,
         stdin,
@@ -83,20 +83,20 @@ pub(crate) fn adopt(agent: &Agent, vmm: &Arc<dyn Vmm>, name: Name, pid: u32, str
     }
 }
 
-/// The record of a process that ended with its VM.
-fn killed() -> ExitRecord {
+/// The record of a process that ended with its VM, which may have been killed for memory.
+fn killed(oom_killed: bool) -> ExitRecord {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     ExitRecord {
         exit_code: KILLED,
         exited_at_ns: i64::try_from(now.as_nanos()).unwrap_or(i64::MAX),
-        oom_killed: false,
+        oom_killed,
     }
 }
 
-async fn wait(mut agent: Agent, vmm: Arc<dyn Vmm>, name: Name) -> ExitRecord {
+async fn wait(mut agent: Agent, life: Arc<Life>, name: Name) -> ExitRecord {
     let answer = tokio::select! {
         answer = agent.wait(name.request()) => answer,
-        _ = vmm.ended() => return killed(),
+        _ = life.ended() => return killed(life.out_of_memory()),
     };
     match answer {
         Ok(answer) => {
@@ -111,8 +111,8 @@ async fn wait(mut agent: Agent, vmm: Arc<dyn Vmm>, name: Name) -> ExitRecord {
             tracing::warn!(container = name.container, exec = name.exec, %status, "waiting broke off");
             // Where the connection broke, the process lives until the VM has ended. Where the agent just does not
             // know the process, there is no more to learn.
-            let _ = tokio::time::timeout(VM_END_LIMIT, vmm.ended()).await;
-            killed()
+            let _ = tokio::time::timeout(VM_END_LIMIT, life.ended()).await;
+            killed(life.out_of_memory())
         }
     }
 }

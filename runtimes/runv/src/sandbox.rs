@@ -124,7 +124,7 @@ impl VmSandbox {
         let boot: BootResult = boot.wait().boxed().shared();
         // The guest boots while CNI works, whether somebody waits yet or not.
         let booting = boot.clone();
-        let life = Life::new(Arc::clone(&vmm));
+        let life = Life::new(Arc::clone(&vmm), confinement.cgroup.clone());
         life.depend_on(async move {
             match booting.await {
                 Ok(booted) => booted.guest.connection.ended().await,
@@ -287,11 +287,11 @@ impl SandboxBackend for VmSandbox {
             terminal: request.terminal,
             stdin: request.stdin,
         };
-        let process = adopt(&agent, &running.vmm, name, pid, streams);
+        let process = adopt(&agent, &running.life, name, pid, streams);
         let container = GuestContainer {
             id: request.id,
             agent,
-            vmm: Arc::clone(&running.vmm),
+            life: Arc::clone(&running.life),
             share: running.share.clone(),
         };
         Ok((Arc::new(container), process))

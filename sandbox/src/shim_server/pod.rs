@@ -6,7 +6,7 @@
 //! Stop may come at any moment and overtakes a start that waits.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{Notify, watch};
@@ -60,6 +60,8 @@ pub(crate) struct Pod {
     lifecycle: tokio::sync::Mutex<bool>,
     /// The process shall exit.
     pub(crate) shutdown: Notify,
+    /// Why the sandbox ended by itself.
+    pub(crate) ended: OnceLock<String>,
 }
 
 /// Runs to its end even if the caller's future is dropped.
@@ -92,6 +94,7 @@ impl Pod {
             stopping: watch::Sender::new(false),
             lifecycle: tokio::sync::Mutex::new(false),
             shutdown: Notify::new(),
+            ended: OnceLock::new(),
         })
     }
 
@@ -159,6 +162,7 @@ impl Pod {
             tokio::select! {
                 reason = pod.backend.ended() => {
                     tracing::warn!(reason, "the sandbox ended by itself");
+                    let _ = pod.ended.set(reason);
                     pod.enter_stopped();
                 }
                 _ = phase.wait_for(|phase| matches!(phase, Phase::Stopped { .. })) => {}

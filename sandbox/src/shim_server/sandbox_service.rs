@@ -14,7 +14,7 @@ use ttrpc::r#async::TtrpcContext;
 use super::ShimError;
 use super::backend::CreateSandbox;
 use super::pod::{Phase, Pod, detached};
-use crate::pod_spec::{POD_SPEC_VERSION, PodSpec};
+use crate::pod_spec::{POD_SPEC_VERSION, PodSpec, info};
 use crate::protocol::POD_SPEC_TYPE;
 
 /// `SandboxStatusResponse.state` of a pod that can run containers.
@@ -168,6 +168,9 @@ impl Sandbox for SandboxService {
         response.state = state.to_owned();
         if request.verbose {
             response.info = self.0.backend.info().await.into_iter().collect();
+            if let Some(reason) = self.0.ended.get() {
+                response.info.insert(info::ENDED.to_owned(), reason.clone());
+            }
         }
         Ok(response)
     }

@@ -34,7 +34,8 @@ impl Lab {
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         // Process ids of tests that run at once differ; tests of one process differ by the count.
         let pid = std::process::id();
-        let prefix = format!("10.{}.{}", 192 + (pid >> 5) % 32, (pid % 32) * 8 + count);
+        assert!(count < 64, "a process has 64 subnets");
+        let prefix = format!("10.{}.{}", 192 + (pid >> 2) % 32, (pid % 4) * 64 + count);
         let dir = tempfile::Builder::new()
             .prefix("catamaran-network-")
             .tempdir()

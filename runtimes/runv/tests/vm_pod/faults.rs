@@ -2,13 +2,14 @@
 
 use std::path::Path;
 
+use catamaran_sandbox::exit::ExitRecord;
 use catamaran_sandbox::pod_spec::info;
 use catamaran_sandbox::protocol::OCI_RESOURCES_TYPE;
 use containerd_shim_protos::api;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use serde_json::json;
 
-use crate::rig::{self, Rig, Shim, call, eventually};
+use crate::rig::{self, Rig, Shim, call};
 use crate::text;
 
 /// Processes of the pod's virtiofsd, by their command line.
@@ -167,13 +168,56 @@ async fn a_pod_that_lost_its_virtiofsd_ends() {
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(last), nix::sys::signal::SIGKILL).unwrap();
     assert_eq!(shim.wait("c1").await, 137);
     becomes_not_ready(&shim).await;
-    eventually("the log has the reason", || {
-        let log = rig.log();
-        log.lines()
-            .any(|line| line.contains("the sandbox ended by itself") && line.contains("virtiofsd"))
-            .then_some(())
-    })
-    .await;
+    let ended = shim.status().await.1.remove(info::ENDED).unwrap_or_default();
+    assert!(ended.contains("virtiofsd"), "{ended}");
+    shim.stop().await;
+    rig.assert_clean();
+}
+
+#[tokio::test]
+async fn a_vm_that_is_killed_for_memory_says_so() {
+    if let Some(reason) = rig::missing() {
+        println!("skipped: a_vm_that_is_killed_for_memory_says_so: {reason}");
+        return;
+    }
+    let rig = Rig::new();
+    let shim = rig.pod().await;
+    let container = rig.container("c1", &["sleep", "1000"], |_| {});
+    shim.run(&container).await.unwrap();
+    let below = format!("{}/{}", rig.cgroup_parent, rig.id);
+    let (current, limit) = if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+        let directory = format!("/sys/fs/cgroup{below}");
+        (
+            format!("{directory}/memory.current"),
+            format!("{directory}/memory.max"),
+        )
+    } else {
+        let directory = format!("/sys/fs/cgroup/memory{below}");
+        (
+            format!("{directory}/memory.usage_in_bytes"),
+            format!("{directory}/memory.limit_in_bytes"),
+        )
+    };
+    let used: u64 = std::fs::read_to_string(&current).unwrap().trim().parse().unwrap();
+    std::fs::write(&limit, (used + (4 << 20)).to_string()).unwrap();
+    let fill = [
+        "sh",
+        "-c",
+        "busybox dd if=/dev/zero of=/dev/shm/fill bs=1M count=100",
+    ];
+    let filling = shim.exec("c1", &fill);
+    let end = async {
+        assert_eq!(shim.wait("c1").await, 137);
+        becomes_not_ready(&shim).await;
+    };
+    tokio::select! {
+        () = end => {}
+        () = async { filling.await; std::future::pending().await } => {}
+    }
+    let ended = shim.status().await.1.remove(info::ENDED).unwrap_or_default();
+    assert!(ended.contains("killed for memory"), "{ended}");
+    let record = ExitRecord::read(&container.bundle).unwrap().unwrap();
+    assert!(record.oom_killed, "{record:?}");
     shim.stop().await;
     rig.assert_clean();
 }
