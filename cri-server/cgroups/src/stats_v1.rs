@@ -83,8 +83,11 @@ fn memory(full: bool, files: Files<'_>) -> Result<Option<MemoryStats>> {
         limit: limit("memory.limit_in_bytes")?,
         ..MemoryStats::default()
     };
-    // Version 1 limits memory and swap together.
-    let both = limit("memory.memsw.limit_in_bytes")?;
+    // Version 1 limits memory and swap together, and swap only where memory is limited.
+    let both = match memory.limit {
+        Some(_) => limit("memory.memsw.limit_in_bytes")?,
+        None => None,
+    };
     memory.swap_limit = both
         .zip(memory.limit)
         .map(|(both, memory)| both.saturating_sub(memory));
