@@ -210,7 +210,7 @@ pub struct ImagesSection {
     pub hosts_dirs: Vec<PathBuf>,
     /// Layers downloaded at once for one image.
     pub max_parallel_downloads: usize,
-    /// Seconds without a byte of progress after which a pull fails.
+    /// Seconds with less than 1 KiB/s of progress after which a transfer is begun anew, and at last a pull fails.
     pub progress_timeout_seconds: u64,
     /// A docker `config.json` with registry credentials, used where the request has none.
     pub docker_config: Option<PathBuf>,
