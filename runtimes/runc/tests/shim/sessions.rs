@@ -226,17 +226,17 @@ async fn a_slow_reader_of_100_mb_costs_neither_the_log_nor_others_a_byte() {
     let mut one = pod.container(&[
         "sh",
         "-c",
-        &format!("echo up; read line; echo up; read line; {write}"),
+        &format!("echo first; read line; echo second; read line; {write}"),
     ]);
     one.stdin = STDIN_KEEP;
     pod.run(&one).await;
     let mut fast = pod.open(attach(&one.id, true)).await;
     let mut slow = pod.open(attach(&one.id, false)).await;
     // Both are attached when both have seen something.
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
     fast.send(input("one\n")).await;
-    fast.until("up\n").await;
-    slow.until("up\n").await;
+    fast.until("second\n").await;
+    slow.until("second\n").await;
     fast.send(input("two\n")).await;
     let (mut bytes, mut line, mut ends) = (Vec::new(), 0, Vec::new());
     while let Some(frame) = fast.next().await {
